@@ -1,0 +1,885 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// runtime_bridge: call asynchronous Asio code from synchronous code.
+// One header, C++20, standalone Asio >= 1.22.1. Documentation: README.md and the comments below.
+
+#ifndef RUNTIME_BRIDGE_HPP
+#define RUNTIME_BRIDGE_HPP
+
+#define RUNTIME_BRIDGE_VERSION_MAJOR 0
+#define RUNTIME_BRIDGE_VERSION_MINOR 1
+#define RUNTIME_BRIDGE_VERSION_PATCH 0
+
+#if __cplusplus < 202002L
+#error "runtime_bridge needs C++20: compile with -std=c++20 or newer"
+#endif
+#ifdef _WIN32
+#error "runtime_bridge needs POSIX threads (it watches for fork); Windows is not supported"
+#endif
+
+#include <asio/version.hpp>
+#if ASIO_VERSION < 102201
+#error "runtime_bridge needs standalone Asio 1.22.1 or newer"
+#endif
+
+#include <asio/any_io_executor.hpp>
+#include <asio/awaitable.hpp>
+#include <asio/bind_allocator.hpp>
+#include <asio/co_spawn.hpp>
+#include <asio/detached.hpp>
+#include <asio/detail/reactor.hpp>
+#include <asio/execution_context.hpp>
+#include <asio/executor_work_guard.hpp>
+#include <asio/io_context.hpp>
+#include <asio/post.hpp>
+#include <asio/use_awaitable.hpp>
+
+#ifndef ASIO_HAS_CO_AWAIT
+#error "Asio sees no coroutines: with clang and Asio < 1.24 add -DASIO_HAS_CO_AWAIT=1 -DASIO_HAS_STD_COROUTINE=1"
+#endif
+
+#include <pthread.h>
+
+#include <atomic>
+#include <cassert>
+#include <chrono>
+#include <concepts>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <future>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <optional>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <variant>
+#include <version>
+
+// The library's own `expected` is part of the public types, so it is part of the namespace's name: two
+// translation units that choose differently make two types, not a violation of the one definition rule.
+#ifdef __cpp_lib_expected
+#include <expected>
+#define RUNTIME_BRIDGE_ABI v0_1_std_expected
+#else
+#include <tl/expected.hpp>
+#define RUNTIME_BRIDGE_ABI v0_1_tl_expected
+#endif
+
+/// Calls asynchronous Asio code from synchronous code.
+///
+/// A `RuntimeBridge` owns one worker thread that runs one private `asio::io_context`. `block_on` posts a task to it and
+/// blocks the calling thread until the task is over. The caller may be any thread; its own event loop, if it has one,
+/// is never entered. Calls of several threads make progress side by side on the worker.
+///
+/// *Errors.* What goes wrong with a call comes back as a `BridgeError` in its `Result`, and ends that call alone. Only
+/// `std::bad_alloc`, when there is no memory to make the call, is thrown.
+///
+/// *The life of a call.* `Gate` admits it, `Core::post` carries it to the worker, `TaskCall::drive` runs the task, and
+/// the `Ticket` that goes along answers the caller from its destructor. A ticket cannot be lost: whether the task
+/// returns, throws, is destroyed or never starts, some destructor ends the call.
+///
+/// *The end.* The destructor stops the worker at once; calls in flight are answered with `ResponseLost`.
+namespace runtime_bridge {
+inline namespace RUNTIME_BRIDGE_ABI {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Errors and results
+
+/// Why a call has no value: a kind to act on, and a cause and a message to report.
+class [[nodiscard]] BridgeError {
+ public:
+  enum Kind {
+    WorkerDead = 1,  ///< The task was not started: there is no worker to run it.
+    ResponseLost,    ///< The task threw, or the worker was stopped under it.
+    TimedOut,        ///< The deadline passed; the task was cancelled and is over.
+    Cancelled,       ///< A stop was requested; the task was cancelled and is over.
+    WouldDeadlock,   ///< The task was not started: waiting for it could never end.
+  };
+
+  BridgeError() noexcept = default;
+  BridgeError(Kind kind, std::exception_ptr cause = nullptr, std::shared_ptr<const char> text = nullptr) noexcept
+      : kind_(kind), cause_(std::move(cause)), text_(std::move(text)) {}
+
+  [[nodiscard]] Kind kind() const noexcept { return kind_; }
+
+  /// What the task threw, or what kept the worker from starting; null if nothing did.
+  [[nodiscard]] std::exception_ptr cause() const noexcept { return cause_; }
+
+  /// One sentence for a log; it ends with the `what()` of the cause.
+  [[nodiscard]] std::string message() const;
+
+  /// Errors of the same kind are equal, whatever their causes.
+  friend bool operator==(const BridgeError& a, const BridgeError& b) noexcept { return a.kind_ == b.kind_; }
+  friend bool operator==(const BridgeError& a, Kind b) noexcept { return a.kind_ == b; }
+
+ private:
+  Kind kind_ = ResponseLost;
+  std::exception_ptr cause_;
+  std::shared_ptr<const char> text_;  // null: the category's text for the kind
+};
+
+namespace detail {
+
+class ErrorCategory final : public std::error_category {
+ public:
+  [[nodiscard]] const char* name() const noexcept override { return "runtime_bridge"; }
+
+  [[nodiscard]] std::string message(int kind) const override {
+    switch (kind) {
+      case BridgeError::WorkerDead: return "the worker is gone";
+      case BridgeError::ResponseLost: return "the task ended without a value";
+      case BridgeError::TimedOut: return "the deadline passed and the task was cancelled";
+      case BridgeError::Cancelled: return "a stop was requested and the task was cancelled";
+      case BridgeError::WouldDeadlock: return "the call would wait for itself";
+      default: return "unknown error";
+    }
+  }
+
+  [[nodiscard]] std::error_condition default_error_condition(int kind) const noexcept override {
+    switch (kind) {
+      case BridgeError::TimedOut: return std::errc::timed_out;
+      case BridgeError::Cancelled: return std::errc::operation_canceled;
+      case BridgeError::WouldDeadlock: return std::errc::resource_deadlock_would_occur;
+      default: return {kind, *this};
+    }
+  }
+};
+
+inline const ErrorCategory error_category;
+
+/// A sentence that needs no memory of its own.
+inline std::shared_ptr<const char> literal(const char* text) noexcept { return {std::shared_ptr<void>(), text}; }
+
+#ifdef __cpp_lib_expected
+template <class T, class E>
+using Expected = std::expected<T, E>;
+using std::unexpected;
+using InPlace = std::in_place_t;
+#else
+template <class T, class E>
+using Expected = tl::expected<T, E>;
+using tl::unexpected;
+using InPlace = tl::in_place_t;
+#endif
+
+}  // namespace detail
+
+inline std::error_code make_error_code(BridgeError::Kind kind) noexcept { return {kind, detail::error_category}; }
+
+inline std::string BridgeError::message() const {
+  std::string text = "runtime_bridge: ";
+  text += text_ ? std::string(text_.get()) : detail::error_category.message(kind_);
+  if (!cause_) return text;
+  try {
+    std::rethrow_exception(cause_);
+  } catch (const std::exception& e) {
+    return text + ": " + e.what();
+  } catch (...) {
+    return text + ": an exception that is not a std::exception";
+  }
+}
+
+/// The outcome of a call: `std::expected` where the standard library has it, else `tl::expected`.
+template <class T>
+using Result = detail::Expected<T, BridgeError>;
+
+/// The value of a call, for callers who want exceptions.
+///
+/// Without a value it rethrows the task's own exception (`ResponseLost` with a cause), else throws a
+/// `std::system_error` whose code is the error's kind.
+template <class T>
+T unwrap(Result<T> result) {
+  if (result.has_value()) {
+    if constexpr (std::is_void_v<T>) {
+      return;
+    } else {
+      return *std::move(result);
+    }
+  }
+  const BridgeError& error = result.error();
+  if (error == BridgeError::ResponseLost && error.cause()) std::rethrow_exception(error.cause());
+  throw std::system_error(make_error_code(error.kind()), error.message());
+}
+
+/// When the worker thread is made.
+enum class Start {
+  eager,  ///< By the constructor, which fails if it cannot be had.
+  lazy,   ///< By the first call, which is `WorkerDead` if it cannot be had; the next call tries again.
+};
+
+struct Options {
+  /// The worker's name in debuggers and process lists; cut to what the system takes (15 bytes on Linux).
+  std::string thread_name = "runtime-bridge";
+  Start start = Start::eager;
+  /// Gets, on the worker, each exception that escapes a raw handler on the bridge's context. What the hook itself
+  /// throws is dropped, and so is the exception where there is no hook.
+  std::function<void(std::exception_ptr)> on_stray_exception = nullptr;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tasks
+
+namespace detail {
+
+template <class T>
+struct AwaitableTraits : std::false_type {
+  using Value = T;
+  using Executor = asio::io_context::executor_type;
+};
+template <class T, class Ex>
+struct AwaitableTraits<asio::awaitable<T, Ex>> : std::true_type {
+  using Value = T;
+  using Executor = Ex;
+};
+template <class T>
+inline constexpr bool is_awaitable = AwaitableTraits<std::remove_cvref_t<T>>::value;
+
+using UseAwaitable = asio::use_awaitable_t<asio::io_context::executor_type>;
+
+template <class T>
+concept Operation =
+    !std::invocable<T> && std::invocable<T, UseAwaitable> && is_awaitable<std::invoke_result_t<T, UseAwaitable>>;
+
+struct NotATask {};
+
+/// What `begin` gives: an awaitable to be driven, or, for a plain callable, the value itself.
+template <class Task>
+decltype(auto) begin(std::remove_reference_t<Task>& task) {
+  if constexpr (is_awaitable<Task>) {
+    return std::remove_cvref_t<Task>(std::move(task));
+  } else if constexpr (std::invocable<Task>) {
+    return std::forward<Task>(task)();
+  } else if constexpr (Operation<Task>) {
+    return std::forward<Task>(task)(UseAwaitable{});
+  } else {
+    return NotATask{};
+  }
+}
+
+/// What a `Task` is, and the words for everything that is none.
+template <class Task>
+struct TaskTraits {
+  static_assert(!is_awaitable<Task> || !std::is_lvalue_reference_v<Task>,
+                "runtime_bridge: an awaitable runs once, so give it up: block_on(std::move(task))");
+  static_assert(is_awaitable<Task> || std::invocable<Task> || Operation<Task>,
+                "runtime_bridge: not a Task: give an asio::awaitable, a callable without parameters, or an Asio "
+                "operation that waits for its token, such as timer.async_wait(asio::deferred)");
+
+  using Begun = decltype(begin<Task>(std::declval<std::remove_reference_t<Task>&>()));
+  using Executor = typename AwaitableTraits<std::remove_cvref_t<Begun>>::Executor;
+  using Returned =
+      std::conditional_t<is_awaitable<Begun>, typename AwaitableTraits<std::remove_cvref_t<Begun>>::Value, Begun>;
+  using Value = std::remove_cv_t<Returned>;
+
+  static_assert(std::is_same_v<Executor, asio::any_io_executor> ||
+                    std::is_same_v<Executor, asio::io_context::executor_type>,
+                "runtime_bridge: the awaitable's executor must be asio::any_io_executor (the default) or "
+                "asio::io_context::executor_type");
+  static_assert(!std::is_reference_v<Value>,
+                "runtime_bridge: a task cannot return a reference: return a copy, a pointer or a "
+                "std::reference_wrapper");
+  static_assert(!Operation<Value>,
+                "runtime_bridge: the callable returns an operation that nobody starts: give block_on the operation, or "
+                "co_await it in a coroutine");
+  static_assert(std::is_void_v<Value> || std::is_reference_v<Value> || std::is_move_constructible_v<Value>,
+                "runtime_bridge: a task's result must be movable");
+};
+
+template <class Task>
+using TaskValue = typename TaskTraits<Task>::Value;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The worker and its parts
+
+class Core;
+
+/// Admits calls, counts them, and keeps the context from being shut down while a thread is inside `asio::post`.
+///
+/// It is one word, so that no call slips in between a check and a count. Bits: closed to calls, closed to posts, the
+/// number of threads that are posting, the number of calls in flight.
+class Gate {
+ public:
+  /// Counts a call and its poster, unless the gate is closed.
+  bool enter() noexcept {
+    std::uint64_t word = word_.load(std::memory_order_relaxed);
+    do {
+      if (word & no_calls) return false;
+    } while (!word_.compare_exchange_weak(word, word + call + poster));
+    return true;
+  }
+
+  /// The poster is through. Pairs with `close`, which may be waiting for it.
+  void leave() noexcept {
+    const std::uint64_t before = word_.fetch_sub(poster);
+    if ((before & no_posts) && posters(before) == 1) word_.notify_all();
+  }
+
+  /// A call is over. True if it was the last one of a closed gate.
+  bool end_call() noexcept {
+    const std::uint64_t before = word_.fetch_sub(call);
+    return (before & no_calls) && calls(before) == 1;
+  }
+
+  void close_to_calls() noexcept { word_.fetch_or(no_calls); }
+
+  /// Closes it to everyone and waits until no thread is posting.
+  void close() noexcept {
+    std::uint64_t word = word_.fetch_or(no_calls | no_posts);
+    for (; posters(word) != 0; word = word_.load()) word_.wait(word);
+  }
+
+  bool closed_to_calls() const noexcept { return word_.load() & no_calls; }
+  std::size_t in_flight() const noexcept { return calls(word_.load()); }
+
+ private:
+  static constexpr std::uint64_t no_calls = 1;
+  static constexpr std::uint64_t no_posts = 2;
+  static constexpr std::uint64_t poster = 4;
+  static constexpr std::uint64_t call = std::uint64_t{1} << 32;
+
+  static std::uint64_t posters(std::uint64_t word) noexcept { return (word % call) / poster; }
+  static std::size_t calls(std::uint64_t word) noexcept { return static_cast<std::size_t>(word / call); }
+
+  std::atomic<std::uint64_t> word_{0};
+};
+
+/// The `io_context`, with the two things that the worker needs and Asio keeps to itself.
+class Context : public asio::io_context {
+ public:
+  /// Takes the reactor's descriptors now. Asio would take them with the first timer or socket, and fail in the user's
+  /// hands. Until then the context keeps its faster wait without a reactor.
+  void open_reactor() { asio::use_service<asio::detail::reactor>(*this); }
+
+  /// Destroys every operation that waits on this context, and with it the coroutines that await it. What is queued to
+  /// run stays queued, for the loop to run.
+  ///
+  /// `asio::execution_context::shutdown` also empties the scheduler's queue, and does so without its lock: a foreign
+  /// thread that posts just then, because something that a task awaits elsewhere has completed, would corrupt it.
+  /// Services are shut down newest first, so the fence, made right after the scheduler, comes just before it.
+  void destroy_parked() {
+    fence_.raised = true;
+    try {
+      shutdown();
+    } catch (const Fence::Reached&) {
+    }
+    fence_.raised = false;
+  }
+
+  /// The same, and what is queued is destroyed as well: for when no foreign thread can be posting.
+  void destroy_all() { shutdown(); }
+
+ private:
+  struct Fence : asio::execution_context::service {
+    struct Reached {};
+    static inline asio::execution_context::id id;
+
+    explicit Fence(asio::execution_context& context) : asio::execution_context::service(context) {}
+    void shutdown() override {
+      if (raised) throw Reached();
+    }
+
+    bool raised = false;
+  };
+
+  Fence& fence_ = asio::make_service<Fence>(*this);
+};
+
+/// Counts the forks between the process that made a bridge and this one. The child of a fork has the bridge's memory
+/// but not its worker, and locks that other threads held stay locked there for ever.
+struct Forks {
+  static unsigned count() {
+    static const int failed = pthread_atfork([] { ring_mutex.lock(); }, [] { ring_mutex.unlock(); },
+                                             [] {
+                                               ring_mutex.unlock();
+                                               seen.fetch_add(1, std::memory_order_relaxed);
+                                             });
+    if (failed) throw std::system_error(failed, std::generic_category(), "runtime_bridge: pthread_atfork");
+    return seen.load(std::memory_order_relaxed);
+  }
+
+  static inline std::atomic<unsigned> seen{0};
+  static inline std::mutex ring_mutex;  // guards Core::waits_for_ of all bridges
+};
+
+/// Memory for one posted operation, inside the call that posts it: posting then needs no allocation and cannot fail.
+class OperationMemory {
+ public:
+  void* take(std::size_t size) { return size <= sizeof(bytes_) ? bytes_ : ::operator new(size); }
+  void give_back(void* memory) noexcept {
+    if (memory != bytes_) ::operator delete(memory);
+  }
+
+ private:
+  alignas(std::max_align_t) std::byte bytes_[96];
+};
+
+template <class T>
+struct OperationAllocator {
+  using value_type = T;
+
+  explicit OperationAllocator(OperationMemory& m) noexcept : memory(&m) {}
+  template <class U>
+  OperationAllocator(const OperationAllocator<U>& other) noexcept : memory(other.memory) {}
+
+  T* allocate(std::size_t n) { return static_cast<T*>(memory->take(n * sizeof(T))); }
+  void deallocate(T* p, std::size_t) noexcept { memory->give_back(p); }
+  bool operator==(const OperationAllocator&) const noexcept = default;
+
+  OperationMemory* memory;
+};
+
+class Ticket;
+
+/// A call in flight. It lives where its caller waits, and the worker writes its outcome here before it answers.
+class Call {
+ public:
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+
+  void wait() noexcept { answered_.wait(); }
+
+  /// Why there is no value. For a call that was answered without one.
+  BridgeError error() const {
+    if (cause_) return {BridgeError::ResponseLost, cause_, literal("the task threw")};
+    if (stage_ == Stage::starting) {
+      return {BridgeError::ResponseLost, std::make_exception_ptr(std::bad_alloc()), literal("the task did not start")};
+    }
+    return {BridgeError::ResponseLost, nullptr, literal("the worker was stopped under the task")};
+  }
+
+ protected:
+  enum class Stage { queued, starting, running };
+
+  Call() = default;
+  ~Call() = default;
+
+  Stage stage_ = Stage::queued;
+  std::exception_ptr cause_;
+
+ private:
+  friend class Core;
+  friend class Ticket;
+
+  /// Begins the task. On the worker.
+  virtual void start(Ticket ticket) noexcept = 0;
+
+  std::promise<void> answer_;
+  std::future<void> answered_ = answer_.get_future();
+  Core* waiter_ = nullptr;  // the bridge whose worker waits for this call, if it is one
+  OperationMemory memory_;
+};
+
+/// The right to end a call. Whoever holds it last answers the caller, by dropping it.
+class Ticket {
+ public:
+  Ticket(Core& core, Call& call) noexcept : core_(&core), call_(&call) {}
+  Ticket(Ticket&& other) noexcept : core_(other.core_), call_(std::exchange(other.call_, nullptr)) {}
+  Ticket& operator=(Ticket&&) = delete;
+  ~Ticket();
+
+  Core& core() const noexcept { return *core_; }
+  Call& call() const noexcept { return *call_; }
+
+ private:
+  Core* core_;
+  Call* call_;
+};
+
+/// The bridge's inside: co-owned by the bridge, its worker and every thread that is in one of its functions.
+class Core : public std::enable_shared_from_this<Core> {
+ public:
+  explicit Core(Options options) : options_(std::move(options)) {}
+
+  asio::io_context::executor_type get_executor() noexcept { return context_.get_executor(); }
+  std::size_t in_flight() const noexcept { return gate_.in_flight(); }
+  bool forked() const noexcept { return forks_ != Forks::seen.load(std::memory_order_relaxed); }
+
+  /// Starts the worker, unless it was started or the gate is closed.
+  void start();
+
+  /// Sends the call to the worker, or says why not. Once it is sent it will be answered, whatever happens.
+  std::optional<BridgeError> post(Call& call);
+
+  /// Stops the worker and waits until it has ended, or lets it end alone if it cannot end before the caller goes on.
+  void stop();
+
+ private:
+  friend class Ticket;
+
+  class Poster {
+   public:
+    explicit Poster(Gate& gate) noexcept : gate_(gate) {}
+    Poster(const Poster&) = delete;
+    Poster& operator=(const Poster&) = delete;
+    ~Poster() { gate_.leave(); }
+
+   private:
+    Gate& gate_;
+  };
+
+  void run() noexcept;
+  void abandon_calls() noexcept;
+  void settle() noexcept;
+
+  /// Runs a step of the loop; what escapes a raw handler goes to the hook, and the step is taken again.
+  template <class Step>
+  std::size_t survive(Step step) noexcept {
+    for (;;) {
+      try {
+        return step();
+      } catch (...) {
+        try {
+          if (options_.on_stray_exception) options_.on_stray_exception(std::current_exception());
+        } catch (...) {
+        }
+      }
+    }
+  }
+
+  /// Notes that this worker is about to wait for `target`, and returns true. If that would close a ring of waiting
+  /// workers, it notes nothing, puts the names of the ring into `path` and returns false. A worker waits for at most
+  /// one bridge, so following the notes finds every ring, and only rings.
+  bool wait_for(Core& target, std::string* path = nullptr);
+  void waits_no_more() noexcept {
+    const std::lock_guard lock(Forks::ring_mutex);
+    waits_for_ = nullptr;
+  }
+
+  static inline thread_local Core* current_ = nullptr;  // the bridge whose worker this thread is
+
+  // A coroutine that never waits is never parked, and its handlers keep the queue from running empty. After so many in
+  // a row the queue is emptied by force.
+  static constexpr int patience = 10'000;
+
+  const Options options_;
+  const unsigned forks_ = Forks::count();
+  Gate gate_;
+  Context context_;
+  std::optional<asio::executor_work_guard<asio::io_context::executor_type>> work_{context_.get_executor()};
+  bool stopped_ = false;       // the worker's own: what is queued still is not to be started any more
+  Core* waits_for_ = nullptr;  // guarded by Forks::ring_mutex
+  std::atomic<bool> started_{false};
+
+  std::mutex mutex_;  // guards what follows
+  std::condition_variable changed_;
+  std::thread thread_;
+  bool detached_ = false;
+  bool gone_ = true;  // no worker, or no more
+};
+
+inline Ticket::~Ticket() {
+  if (!call_) return;
+  // Nothing of the call may be touched once the caller wakes, so take along what answers it.
+  std::promise<void> answer = std::move(call_->answer_);
+  // Exactly here the waiting worker is free again: a note that stood any longer would be a false alarm.
+  if (call_->waiter_) call_->waiter_->waits_no_more();
+  if (core_->gate_.end_call()) core_->context_.stop();
+  answer.set_value();
+}
+
+inline void Core::start() {
+  // Pairs with the store below: who sees it need not take the lock.
+  if (started_.load(std::memory_order_acquire)) return;
+  const std::lock_guard lock(mutex_);
+  // `stop` closes the gate before it takes the lock: a worker that is made here is one that it will see.
+  if (started_.load(std::memory_order_relaxed) || gate_.closed_to_calls()) return;
+  context_.open_reactor();
+  thread_ = std::thread([self = shared_from_this()] { self->run(); });
+  gone_ = false;
+  started_.store(true, std::memory_order_release);
+}
+
+inline std::optional<BridgeError> Core::post(Call& call) {
+  if (forked()) return BridgeError(BridgeError::WorkerDead, nullptr, literal("the worker lives in the parent process"));
+  if (!gate_.enter()) return BridgeError(BridgeError::WorkerDead, nullptr, literal("the worker was stopped"));
+  const Poster poster(gate_);
+  Ticket ticket(*this, call);
+  if (current_) {
+    auto path = std::make_shared<std::string>("the call would wait for itself: ");
+    if (!current_->wait_for(*this, path.get())) {
+      return BridgeError(BridgeError::WouldDeadlock, nullptr, {path, path->c_str()});
+    }
+    call.waiter_ = current_;
+  }
+  try {
+    start();
+  } catch (const std::system_error&) {
+    return BridgeError(BridgeError::WorkerDead, std::current_exception(), literal("the worker could not be started"));
+  }
+  if (!started_) return BridgeError(BridgeError::WorkerDead, nullptr, literal("the worker was stopped"));
+
+  asio::post(context_, asio::bind_allocator(OperationAllocator<void>(call.memory_), [t = std::move(ticket)]() mutable {
+               if (!t.core().stopped_) t.call().start(std::move(t));
+             }));
+  return std::nullopt;
+}
+
+inline bool Core::wait_for(Core& target, std::string* path) {
+  const std::lock_guard lock(Forks::ring_mutex);
+  const Core* last = &target;
+  while (last != this && last->waits_for_) last = last->waits_for_;
+  if (last != this) {
+    waits_for_ = &target;
+    return true;
+  }
+  if (path) {
+    *path += options_.thread_name;
+    for (const Core* c = &target; c != this; c = c->waits_for_) *path += " -> " + c->options_.thread_name;
+    *path += " -> " + options_.thread_name;
+  }
+  return false;
+}
+
+inline void Core::run() noexcept {
+  current_ = this;
+#ifdef __linux__
+  pthread_setname_np(pthread_self(), options_.thread_name.substr(0, 15).c_str());
+#endif
+  survive([&] { return context_.run(); });
+
+  // Somebody stopped the context. From here on no thread of ours posts, and nothing is started.
+  gate_.close();
+  stopped_ = true;
+  abandon_calls();
+  settle();
+
+  const std::lock_guard lock(mutex_);
+  if (detached_) gone_ = true;
+  changed_.notify_all();
+}
+
+/// Ends the calls in flight: destroys those that wait on this context, and waits for those that wait on something
+/// foreign. A foreign completion comes back to this context, which must not die before.
+inline void Core::abandon_calls() noexcept {
+  for (int handlers = 0; gate_.in_flight() != 0;) {
+    survive([&] { return context_.destroy_parked(), 0; });
+    context_.restart();
+    if (survive([&] { return context_.poll_one(); }) == 0) {
+      handlers = 0;
+      survive([&] { return context_.run_one(); });
+    } else if (++handlers == patience) {
+      handlers = 0;
+      survive([&] { return context_.destroy_all(), 0; });
+    }
+  }
+}
+
+/// Destroys what raw users of the executor have left behind.
+inline void Core::settle() noexcept {
+  // A foreign thread that has just handed a task back still holds the context for some instructions. If nothing else
+  // does, this returns as soon as it lets go; if something does, Asio cannot tell them apart, so give it a moment.
+  work_.reset();
+  const auto moment = std::chrono::steady_clock::now() + std::chrono::milliseconds(5);
+  context_.restart();
+  survive([&] { return context_.run_until(moment); });
+
+  survive([&] { return context_.destroy_parked(), 0; });
+  context_.restart();
+  for (int handlers = 0; handlers < patience && survive([&] { return context_.poll_one(); }) != 0;) ++handlers;
+}
+
+inline void Core::stop() {
+  gate_.close_to_calls();
+  context_.stop();
+
+  std::unique_lock lock(mutex_);
+  std::thread thread = std::move(thread_);
+  const bool ring = current_ && !current_->wait_for(*this);
+  if (thread.joinable()) {
+    if (ring) {
+      detached_ = true;
+      thread.detach();
+    } else {
+      lock.unlock();
+      thread.join();
+      lock.lock();
+      gone_ = true;
+      changed_.notify_all();
+    }
+  } else if (!ring) {
+    changed_.wait(lock, [&] { return gone_; });
+  }
+  if (current_ && !ring) current_->waits_no_more();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A call and its task
+
+/// A call of one kind of Task. A callable stays with the caller and is borrowed; an awaitable is given up to the call.
+template <class Task>
+class TaskCall final : public Call {
+  using Traits = TaskTraits<Task>;
+  using Value = typename Traits::Value;
+  using Stored = std::conditional_t<std::is_void_v<Value>, std::monostate, Value>;
+
+ public:
+  explicit TaskCall(std::remove_reference_t<Task>& task) : task_(static_cast<Task&&>(task)) {}
+
+  /// For a call that was answered.
+  Result<Value> result() {
+    if (!value_) return unexpected<BridgeError>(error());
+    if constexpr (std::is_void_v<Value>) {
+      return {};
+    } else {
+      try {
+        return Result<Value>(InPlace{}, std::move(*value_));
+      } catch (...) {
+        return unexpected<BridgeError>(
+            {BridgeError::ResponseLost, std::current_exception(), literal("the task threw")});
+      }
+    }
+  }
+
+ private:
+  void start(Ticket ticket) noexcept override {
+    stage_ = Stage::starting;
+    if constexpr (is_awaitable<typename Traits::Begun>) {
+      // Without memory for the coroutines the ticket is dropped on the way, and the stage tells the caller why.
+      try {
+        asio::co_spawn(ticket.core().get_executor(), drive(std::move(ticket), *this), asio::detached);
+      } catch (...) {
+      }
+    } else {
+      stage_ = Stage::running;
+      try {
+        if constexpr (std::is_void_v<Value>) {
+          begin<Task>(task_);
+          value_.emplace();
+        } else {
+          value_.emplace(begin<Task>(task_));
+        }
+      } catch (...) {
+        cause_ = std::current_exception();
+      }
+    }
+  }
+
+  /// Runs the task, and outlives it: a coroutine's parameters are destroyed after its locals, so when `ticket` answers
+  /// the caller, the task's own frame is gone.
+  static asio::awaitable<void, typename Traits::Executor> drive([[maybe_unused]] Ticket ticket, TaskCall& self) {
+    self.stage_ = Stage::running;
+    try {
+      // A named local: g++ 12 destroys some temporaries of a co_await expression twice.
+      auto awaitable = begin<Task>(self.task_);
+      if constexpr (std::is_void_v<Value>) {
+        co_await std::move(awaitable);
+        self.value_.emplace();
+      } else {
+        self.value_.emplace(co_await std::move(awaitable));
+      }
+    } catch (...) {
+      self.cause_ = std::current_exception();
+    }
+  }
+
+  std::conditional_t<is_awaitable<Task>, std::remove_reference_t<Task>, Task&&> task_;
+  std::optional<Stored> value_;
+};
+
+}  // namespace detail
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The bridge
+
+/// A worker thread with a private `asio::io_context`, and the way to call it.
+///
+/// *Threads.* Every member function may be called from any thread, at the same time as any other; moving and assigning
+/// are as for any object. Calls in flight do not touch the bridge itself, so it may be destroyed under them.
+///
+/// *Lifetimes.* I/O objects built on the bridge's executor must be destroyed before the bridge. The bridge may be
+/// destroyed by a task on its own worker: the worker then ends by itself, after that task's current step.
+///
+/// *fork.* In a child process every call is `WorkerDead`, and destroying the bridge does nothing.
+class RuntimeBridge {
+ public:
+  using executor_type = asio::io_context::executor_type;
+
+  /// Makes the worker. Throws `std::system_error` if there is no thread to be had, or no descriptors for its reactor
+  /// (with `Start::lazy` that is found out by the first call).
+  explicit RuntimeBridge(Options options = {}) {
+    const bool eager = options.start == Start::eager;
+    core_ = std::make_shared<detail::Core>(std::move(options));
+    if (eager) core_->start();
+  }
+
+  /// A bridge with this name for its worker and defaults for the rest.
+  [[nodiscard]] static RuntimeBridge with_thread_name(std::string name) {
+    Options options;
+    options.thread_name = std::move(name);
+    return RuntimeBridge(std::move(options));
+  }
+
+  /// The constructor, for callers without exceptions. `std::errc::not_enough_memory` stands for `std::bad_alloc`.
+  [[nodiscard]] static detail::Expected<RuntimeBridge, std::error_code> create(Options options = {}) noexcept {
+    try {
+      return RuntimeBridge(std::move(options));
+    } catch (const std::system_error& e) {
+      return detail::unexpected<std::error_code>(e.code());
+    } catch (...) {
+      return detail::unexpected<std::error_code>(std::make_error_code(std::errc::not_enough_memory));
+    }
+  }
+
+  /// The moved-from bridge is as one that was shut down, but has no executor.
+  RuntimeBridge(RuntimeBridge&&) noexcept = default;
+
+  RuntimeBridge& operator=(RuntimeBridge&& other) noexcept {
+    RuntimeBridge taken(std::move(other));
+    std::swap(core_, taken.core_);
+    return *this;
+  }
+
+  /// Stops the worker now and joins it. Suspended tasks are destroyed on the worker, and their callers get
+  /// `ResponseLost`. A task that waits for something foreign (another context, a pool) is waited for.
+  ~RuntimeBridge() {
+    if (!core_) return;
+    if (core_->forked()) {
+      // Nothing in here can be destroyed without the worker: leave it, by keeping one owner for ever.
+      using Owner = std::shared_ptr<detail::Core>;
+      alignas(Owner) std::byte owner[sizeof(Owner)];
+      ::new (static_cast<void*>(owner)) Owner(std::move(core_));
+      return;
+    }
+    core_->stop();
+  }
+
+  /// The worker's executor, to build sockets, timers and pools on. The bridge must not be moved from.
+  [[nodiscard]] executor_type get_executor() const noexcept {
+    assert(core_ && "runtime_bridge: get_executor of a bridge that was moved from");
+    return core_->get_executor();
+  }
+
+  /// The number of calls that were admitted and have not ended.
+  [[nodiscard]] std::size_t in_flight() const noexcept { return core_ ? core_->in_flight() : 0; }
+
+  template <class Task>
+  Result<detail::TaskValue<Task>> block_on(Task&& task) const {
+    const std::shared_ptr<detail::Core> core = core_;
+    detail::TaskCall<Task> call(task);
+    if (!core) {
+      return detail::unexpected<BridgeError>(
+          {BridgeError::WorkerDead, nullptr, detail::literal("the bridge was moved from")});
+    }
+    if (auto refusal = core->post(call)) return detail::unexpected<BridgeError>(std::move(*refusal));
+    call.wait();
+    return call.result();
+  }
+
+ private:
+  std::shared_ptr<detail::Core> core_;
+};
+
+}  // namespace RUNTIME_BRIDGE_ABI
+}  // namespace runtime_bridge
+
+template <>
+struct std::is_error_code_enum<runtime_bridge::BridgeError::Kind> : std::true_type {};
+
+#endif  // RUNTIME_BRIDGE_HPP
