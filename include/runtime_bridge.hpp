@@ -40,6 +40,7 @@
 
 #include <pthread.h>
 
+#include <array>
 #include <atomic>
 #include <cassert>
 #include <chrono>
@@ -355,7 +356,14 @@ class Context : public asio::io_context {
  public:
   /// Takes the reactor's descriptors now. Asio would take them with the first timer or socket, and fail in the user's
   /// hands. Until then the context keeps its faster wait without a reactor.
-  void open_reactor() { asio::use_service<asio::detail::reactor>(*this); }
+  void open_reactor() {
+    try {
+      asio::use_service<asio::detail::reactor>(*this);
+    } catch (const std::system_error& e) {
+      // Asio's own category compares equal to no std::errc in some versions.
+      throw std::system_error(e.code().value(), std::system_category(), "runtime_bridge: no reactor");
+    }
+  }
 
   /// Destroys every operation that waits on this context, and with it the coroutines that await it. What is queued to
   /// run stays queued, for the loop to run.
@@ -411,13 +419,13 @@ struct Forks {
 /// Memory for one posted operation, inside the call that posts it: posting then needs no allocation and cannot fail.
 class OperationMemory {
  public:
-  void* take(std::size_t size) { return size <= sizeof(bytes_) ? bytes_ : ::operator new(size); }
+  void* take(std::size_t size) { return size <= bytes_.size() ? bytes_.data() : ::operator new(size); }
   void give_back(void* memory) noexcept {
-    if (memory != bytes_) ::operator delete(memory);
+    if (memory != bytes_.data()) ::operator delete(memory);
   }
 
  private:
-  alignas(std::max_align_t) std::byte bytes_[96];
+  alignas(std::max_align_t) std::array<std::byte, 96> bytes_;
 };
 
 template <class T>
@@ -616,7 +624,8 @@ inline std::optional<BridgeError> Core::post(Call& call) {
   if (!started_) return BridgeError(BridgeError::WorkerDead, nullptr, literal("the worker was stopped"));
 
   asio::post(context_, asio::bind_allocator(OperationAllocator<void>(call.memory_), [t = std::move(ticket)]() mutable {
-               if (!t.core().stopped_) t.call().start(std::move(t));
+               Call& started = t.call();
+               if (!t.core().stopped_) started.start(std::move(t));
              }));
   return std::nullopt;
 }
@@ -742,8 +751,9 @@ class TaskCall final : public Call {
     stage_ = Stage::starting;
     if constexpr (is_awaitable<typename Traits::Begun>) {
       // Without memory for the coroutines the ticket is dropped on the way, and the stage tells the caller why.
+      const auto executor = ticket.core().get_executor();
       try {
-        asio::co_spawn(ticket.core().get_executor(), drive(std::move(ticket), *this), asio::detached);
+        asio::co_spawn(executor, drive(std::move(ticket), *this), asio::detached);
       } catch (...) {
       }
     } else {
@@ -843,8 +853,8 @@ class RuntimeBridge {
     if (core_->forked()) {
       // Nothing in here can be destroyed without the worker: leave it, by keeping one owner for ever.
       using Owner = std::shared_ptr<detail::Core>;
-      alignas(Owner) std::byte owner[sizeof(Owner)];
-      ::new (static_cast<void*>(owner)) Owner(std::move(core_));
+      alignas(Owner) std::array<std::byte, sizeof(Owner)> owner;
+      ::new (static_cast<void*>(owner.data())) Owner(std::move(core_));
       return;
     }
     core_->stop();
@@ -859,6 +869,28 @@ class RuntimeBridge {
   /// The number of calls that were admitted and have not ended.
   [[nodiscard]] std::size_t in_flight() const noexcept { return core_ ? core_->in_flight() : 0; }
 
+  /// Runs a task on the worker and waits until it is over.
+  ///
+  /// A Task is an `asio::awaitable`, given as an rvalue; a callable without parameters that returns one, called on the
+  /// worker and borrowed until the call is over; a callable without parameters that returns a plain value or void, run
+  /// on the worker; or an Asio operation that waits for its token.
+  ///
+  /// | what happens                                                 | result                                      |
+  /// |--------------------------------------------------------------|---------------------------------------------|
+  /// | the task returns                                             | its value                                   |
+  /// | the task throws                                              | `ResponseLost`, with what it threw as cause |
+  /// | the worker is stopped under the task                         | `ResponseLost`, no cause                    |
+  /// | the bridge was moved from, its worker has ended or could not | `WorkerDead`; the task is destroyed unrun   |
+  /// | be started (with the cause), or lives in the parent process  |                                             |
+  /// | called on the bridge's own worker, or in a way that closes a | `WouldDeadlock`; the task is destroyed      |
+  /// | ring of bridges that wait for each other                     | unrun                                       |
+  ///
+  /// The task is over when this returns: its coroutine was destroyed on the worker, and nothing of it is used there any
+  /// more. So it may hold references to the caller's locals. Throws `std::bad_alloc` if there is no memory to make the
+  /// call, which then never was.
+  ///
+  /// Not for coroutines, which can `co_await`; not for work that only computes and so holds up all other calls; not for
+  /// a task that waits for something that only the blocked caller could do.
   template <class Task>
   Result<detail::TaskValue<Task>> block_on(Task&& task) const {
     const std::shared_ptr<detail::Core> core = core_;

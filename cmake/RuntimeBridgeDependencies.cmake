@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# Finds what the header includes, for the build and for the installed package alike. It makes the targets
+# runtime_bridge::asio and runtime_bridge::expected, or says in RUNTIME_BRIDGE_MISSING what is missing and what to do.
+
+# A project that asks for an older CMake may be including this.
+cmake_policy(VERSION 3.21)
+
+# runtime_bridge_find(<name> TITLE <what it is> TARGETS <target>... PACKAGE <its CMake package> HEADER <path>
+#                     APT <package> REPOSITORY <url> TAG <tag> [MINIMUM <ASIO_VERSION>] [UNLESS <macro of <version>>])
+#
+# Takes the dependency from the first of: a target of the project; RUNTIME_BRIDGE_<NAME>_INCLUDE_DIR; its own CMake
+# package; the system's headers; its repository, if RUNTIME_BRIDGE_FETCH_DEPENDENCIES is on.
+function(runtime_bridge_find name)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "TITLE;PACKAGE;HEADER;APT;REPOSITORY;TAG;MINIMUM;UNLESS" "TARGETS")
+  string(TOUPPER "RUNTIME_BRIDGE_${name}_INCLUDE_DIR" dir)
+
+  if(TARGET runtime_bridge::${name})
+    return()
+  endif()
+  foreach(place IN ITEMS project package)
+    if(place STREQUAL "package" AND NOT ${dir})
+      find_package(${arg_PACKAGE} CONFIG QUIET)
+    endif()
+    foreach(target IN LISTS arg_TARGETS)
+      if(TARGET ${target})
+        add_library(runtime_bridge::${name} INTERFACE IMPORTED)
+        target_link_libraries(runtime_bridge::${name} INTERFACE ${target})
+        return()
+      endif()
+    endforeach()
+  endforeach()
+
+  find_path(${dir} NAMES ${arg_HEADER} DOC "The folder that has ${arg_HEADER}")
+  set(found "${${dir}}")
+  set(problem "")
+  if(NOT found)
+    set(problem "it was not found")
+  elseif(NOT EXISTS "${found}/${arg_HEADER}")
+    set(problem "${dir} is ${found}, which has no ${arg_HEADER}")
+  elseif(arg_MINIMUM)
+    file(STRINGS "${found}/${arg_HEADER}" version REGEX "define ASIO_VERSION ")
+    string(REGEX REPLACE ".*define ASIO_VERSION ([0-9]+).*" "\\1" version "0${version}")
+    if(version LESS arg_MINIMUM)
+      set(problem "the one in ${found} is too old (ASIO_VERSION ${version}, ${arg_MINIMUM} is needed)")
+    endif()
+  endif()
+
+  if(problem AND arg_UNLESS)
+    include(CheckCXXSourceCompiles)
+    set(CMAKE_REQUIRED_QUIET TRUE)
+    check_cxx_source_compiles("#include <version>\n#ifndef ${arg_UNLESS}\n#error\n#endif\nint main() {}"
+      RUNTIME_BRIDGE_HAS_${arg_UNLESS}_${CMAKE_CXX_STANDARD})
+    if(RUNTIME_BRIDGE_HAS_${arg_UNLESS}_${CMAKE_CXX_STANDARD})
+      add_library(runtime_bridge::${name} INTERFACE IMPORTED)
+      return()
+    endif()
+  endif()
+
+  if(problem AND RUNTIME_BRIDGE_FETCH_DEPENDENCIES)
+    include(FetchContent)
+    # Only the headers are wanted: a SOURCE_SUBDIR without CMakeLists.txt keeps its build out of ours.
+    FetchContent_Declare(${arg_PACKAGE}
+      GIT_REPOSITORY ${arg_REPOSITORY} GIT_TAG ${arg_TAG} GIT_SHALLOW TRUE SOURCE_SUBDIR include)
+    FetchContent_MakeAvailable(${arg_PACKAGE})
+    find_path(fetched NAMES ${arg_HEADER} PATHS "${${arg_PACKAGE}_SOURCE_DIR}" PATH_SUFFIXES asio/include include
+      NO_DEFAULT_PATH NO_CMAKE_FIND_ROOT_PATH NO_CACHE)
+    if(fetched)
+      set(found "${fetched}")
+      set(problem "")
+    else()
+      set(problem "what was fetched to ${${arg_PACKAGE}_SOURCE_DIR} has no ${arg_HEADER}")
+    endif()
+  endif()
+
+  if(NOT problem)
+    add_library(runtime_bridge::${name} INTERFACE IMPORTED)
+    target_include_directories(runtime_bridge::${name} INTERFACE "${found}")
+    return()
+  endif()
+  list(GET arg_TARGETS 0 target)
+  string(APPEND RUNTIME_BRIDGE_MISSING
+    "runtime_bridge needs ${arg_TITLE}, and ${problem}. Any of these helps:\n"
+    "  apt install ${arg_APT}\n"
+    "  a target ${target} that the project makes before it adds or finds runtime_bridge\n"
+    "  -D${dir}=<the folder that has ${arg_HEADER}>\n"
+    "  -DRUNTIME_BRIDGE_FETCH_DEPENDENCIES=ON, which downloads ${arg_TAG} of ${arg_REPOSITORY}\n")
+  if(arg_UNLESS)
+    string(APPEND RUNTIME_BRIDGE_MISSING
+      "  -DCMAKE_CXX_STANDARD=23, if the compiler then has ${arg_UNLESS} (g++ 12 has)\n")
+  endif()
+  set(RUNTIME_BRIDGE_MISSING "${RUNTIME_BRIDGE_MISSING}" PARENT_SCOPE)
+endfunction()
+
+set(RUNTIME_BRIDGE_MISSING "")
+
+find_package(Threads QUIET)
+if(NOT Threads_FOUND)
+  string(APPEND RUNTIME_BRIDGE_MISSING "runtime_bridge needs POSIX threads, and CMake's FindThreads found none.\n")
+endif()
+
+runtime_bridge_find(asio
+  TITLE "standalone Asio 1.22.1 or newer"
+  TARGETS asio::asio asio
+  PACKAGE asio
+  HEADER asio/version.hpp
+  MINIMUM 102201
+  APT libasio-dev
+  REPOSITORY https://github.com/chriskohlhoff/asio.git
+  TAG asio-1-30-2)
+
+runtime_bridge_find(expected
+  TITLE "tl::expected, as there is no std::expected"
+  TARGETS tl::expected tl-expected
+  PACKAGE tl-expected
+  HEADER tl/expected.hpp
+  UNLESS __cpp_lib_expected
+  APT libexpected-dev
+  REPOSITORY https://github.com/TartanLlama/expected.git
+  TAG v1.1.0)

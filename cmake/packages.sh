@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# For `.`: makes sure that Debian packages are there. As root it installs what is missing, otherwise it says what is.
+# On other systems it does nothing, and CMake says what it does not find.
+
+need_packages() {
+  command -v dpkg-query > /dev/null || return 0
+  missing=
+  for package in "$@"; do
+    [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2> /dev/null)" = installed ] || missing="$missing $package"
+  done
+  [ -z "$missing" ] && return 0
+  if [ "$(id -u)" != 0 ]; then
+    echo "$0: these Debian packages are missing. Install them and run this again:" >&2
+    echo "  apt-get install$missing" >&2
+    return 1
+  fi
+  echo "$0: installing$missing"
+  # Quietly, but for what went wrong.
+  log=$(mktemp)
+  if ! { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $missing; } > "$log" 2>&1; then
+    cat "$log" >&2
+    rm "$log"
+    return 1
+  fi
+  rm "$log"
+}

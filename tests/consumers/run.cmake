@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# Runs one CASE of the consumers: cmake -DCASE=... -D... -P run.cmake, as CMakeLists.txt calls it.
+
+cmake_policy(VERSION 3.21)
+
+set(here ${REPOSITORY}/tests/consumers)
+set(work ${WORK}/${CASE})
+set(prefix ${WORK}/install)
+file(REMOVE_RECURSE ${work})
+file(MAKE_DIRECTORY ${work})
+
+separate_arguments(flags UNIX_COMMAND "${FLAGS}")
+set(includes -I${REPOSITORY}/include)
+foreach(dir IN LISTS ASIO EXPECTED)
+  if(NOT dir STREQUAL "/usr/include")  # to name the compiler's own folder again would hide its headers from each other
+    list(APPEND includes -isystem ${dir})
+  endif()
+endforeach()
+
+# Runs a command; it must succeed, and without a warning. Its output is in `output`, on one line.
+function(run)
+  execute_process(COMMAND ${ARGV} OUTPUT_VARIABLE output ERROR_VARIABLE output RESULT_VARIABLE result)
+  list(JOIN ARGV " " command)
+  message("$ ${command}\n${output}")
+  if(NOT result EQUAL 0)
+    message(FATAL_ERROR "failed: ${result}")
+  elseif(output MATCHES "warning:|CMake [A-Za-z ]*Warning")
+    message(FATAL_ERROR "succeeded with a warning")
+  endif()
+  string(REGEX REPLACE "[ \n]+" " " output "${output}")
+  set(output "${output}" PARENT_SCOPE)
+endfunction()
+
+# Configures the project in `folder`; the rest are arguments for cmake.
+function(configure_command folder)
+  set(command ${CMAKE_COMMAND} -S ${here}/${folder} -B ${work} -G ${GENERATOR} --no-warn-unused-cli
+    -DCMAKE_MAKE_PROGRAM=${MAKE_PROGRAM} -DCMAKE_CXX_COMPILER=${COMPILER} -DCMAKE_CXX_FLAGS=${FLAGS}
+    -DCMAKE_BUILD_TYPE=${CONFIG} -DCMAKE_RUNTIME_OUTPUT_DIRECTORY=$<1:${work}>
+    -DVERSION=${VERSION} -DCMAKE_PREFIX_PATH=${prefix} ${ARGN})
+  if(STANDARD AND NOT ARGN MATCHES "CMAKE_CXX_STANDARD")
+    list(APPEND command -DCMAKE_CXX_STANDARD=${STANDARD})
+  endif()
+  set(command ${command} PARENT_SCOPE)
+endfunction()
+
+function(consume folder)
+  configure_command(${folder} ${ARGN})
+  run(${command})
+  run(${CMAKE_COMMAND} --build ${work} --config "${CONFIG}")
+  run(${work}/consumer)
+endfunction()
+
+# The project must be refused, in words that match each of the regular expressions after REASON.
+function(refuse folder)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "REASON")
+  configure_command(${folder} ${arg_UNPARSED_ARGUMENTS})
+  execute_process(COMMAND ${command} OUTPUT_VARIABLE output ERROR_VARIABLE output RESULT_VARIABLE result)
+  message("${output}")
+  if(result EQUAL 0)
+    message(FATAL_ERROR "${folder} was not refused")
+  endif()
+  string(REGEX REPLACE "[ \n]+" " " output "${output}")
+  foreach(reason IN LISTS arg_REASON)
+    if(NOT output MATCHES "${reason}")
+      message(FATAL_ERROR "the reason does not say: ${reason}")
+    endif()
+  endforeach()
+endfunction()
+
+# Compiles `sources` without any build system and runs the result; the rest are flags.
+function(compile sources)
+  run(${COMPILER} ${STANDARD_FLAG} ${flags} ${sources} ${ARGN} -o ${work}/consumer)
+  run(${work}/consumer)
+endfunction()
+
+# Where this project found its dependencies, the consumers find them too.
+set(dependencies "")
+foreach(name IN ITEMS ASIO EXPECTED)
+  if(${name})
+    list(GET ${name} 0 ${name})
+    list(APPEND dependencies -DRUNTIME_BRIDGE_${name}_INCLUDE_DIR=${${name}})
+  endif()
+endforeach()
+# A machine that has nothing installed.
+set(bare -DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF -DCMAKE_FIND_USE_SYSTEM_ENVIRONMENT_PATH=OFF
+  -DCMAKE_FIND_USE_CMAKE_ENVIRONMENT_PATH=OFF -DCMAKE_FIND_USE_PACKAGE_REGISTRY=OFF)
+set(ways_out_asio
+  "needs standalone Asio 1\\.22\\.1 or newer" "apt install libasio-dev" "a target asio::asio"
+  "-DRUNTIME_BRIDGE_ASIO_INCLUDE_DIR=" "-DRUNTIME_BRIDGE_FETCH_DEPENDENCIES=ON")
+
+if(CASE STREQUAL "add_subdirectory" OR CASE STREQUAL "fetch_content")
+  consume(${CASE} ${dependencies})
+  run(${CMAKE_COMMAND} --install ${work} --config "${CONFIG}" --prefix ${work}/installed)
+  if(EXISTS ${work}/installed)
+    message(FATAL_ERROR "the library was installed along with a project that did not ask for it")
+  endif()
+
+elseif(CASE STREQUAL "own_targets")
+  if(NOT ASIO OR NOT EXPECTED)
+    message("skipped: the folders of Asio and tl::expected are not known")
+    return()
+  endif()
+  consume(own_targets ${bare} -DOWN_ASIO=${ASIO} -DOWN_EXPECTED=${EXPECTED})
+
+elseif(CASE STREQUAL "fetched")
+  if(NOT ASIO OR NOT EXPECTED)
+    message("skipped: the folders of Asio and tl::expected are not known")
+    return()
+  endif()
+  # What a download would bring, laid out as the two repositories are.
+  file(MAKE_DIRECTORY ${work}/asio/asio/include ${work}/expected/include)
+  file(CREATE_LINK ${ASIO}/asio ${work}/asio/asio/include/asio SYMBOLIC)
+  file(CREATE_LINK ${ASIO}/asio.hpp ${work}/asio/asio/include/asio.hpp SYMBOLIC)
+  file(CREATE_LINK ${EXPECTED}/tl ${work}/expected/include/tl SYMBOLIC)
+  consume(add_subdirectory ${bare} -DRUNTIME_BRIDGE_FETCH_DEPENDENCIES=ON
+    -DFETCHCONTENT_SOURCE_DIR_ASIO=${work}/asio -DFETCHCONTENT_SOURCE_DIR_TL-EXPECTED=${work}/expected)
+
+elseif(CASE STREQUAL "plain")
+  compile(${here}/main.cpp ${includes} -pthread)
+
+elseif(CASE STREQUAL "two_units")
+  compile("${here}/two_units/main.cpp;${here}/two_units/other.cpp" ${includes} -pthread)
+
+elseif(CASE STREQUAL "missing_asio")
+  refuse(add_subdirectory ${bare} REASON "it was not found" ${ways_out_asio})
+
+elseif(CASE STREQUAL "old_asio")
+  file(WRITE ${work}/old/asio/version.hpp "#define ASIO_VERSION 101800\n")
+  refuse(add_subdirectory -DRUNTIME_BRIDGE_ASIO_INCLUDE_DIR=${work}/old
+    REASON "too old" "101800" ${ways_out_asio})
+
+elseif(CASE STREQUAL "missing_expected")
+  refuse(add_subdirectory ${bare} -DRUNTIME_BRIDGE_ASIO_INCLUDE_DIR=${ASIO} -DCMAKE_CXX_STANDARD=20
+    REASON "needs tl::expected" "it was not found" "apt install libexpected-dev" "a target tl::expected"
+    "-DRUNTIME_BRIDGE_EXPECTED_INCLUDE_DIR=" "-DRUNTIME_BRIDGE_FETCH_DEPENDENCIES=ON" "-DCMAKE_CXX_STANDARD=23")
+
+elseif(CASE STREQUAL "std_expected")
+  consume(add_subdirectory ${bare} -DRUNTIME_BRIDGE_ASIO_INCLUDE_DIR=${ASIO} -DCMAKE_CXX_STANDARD=23)
+
+elseif(CASE STREQUAL "install")
+  file(REMOVE_RECURSE ${prefix})
+  run(${CMAKE_COMMAND} --install ${BUILD} --config "${CONFIG}" --prefix ${prefix})
+
+elseif(CASE STREQUAL "find_package")
+  consume(find_package ${dependencies})
+
+elseif(CASE STREQUAL "wrong_version")
+  refuse(find_package ${dependencies} -DVERSION=99.0
+    REASON "compatible with requested version \"99\\.0\"" "considered but not accepted" "version: ${VERSION}")
+
+elseif(CASE STREQUAL "installed_missing_asio")
+  refuse(find_package ${bare}
+    REASON "set runtime_bridge_FOUND to FALSE" "Reason given by package" "it was not found" ${ways_out_asio})
+
+elseif(CASE STREQUAL "pkg_config")
+  if(NOT PKG_CONFIG)
+    message("skipped: there is no pkg-config")
+    return()
+  endif()
+  set(ENV{PKG_CONFIG_PATH} ${prefix}/share/pkgconfig)
+  run(${PKG_CONFIG} --exact-version=${VERSION} runtime_bridge)
+  run(${PKG_CONFIG} --cflags --libs runtime_bridge)
+  separate_arguments(output UNIX_COMMAND "${output}")
+  list(REMOVE_AT includes 0)  # this project's own; what is installed must do
+  compile(${here}/main.cpp ${output} ${includes})
+
+else()
+  message(FATAL_ERROR "no such case: ${CASE}")
+endif()

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Calls that would wait for themselves are refused, and only those.
+
+#include <atomic>
+#include <barrier>
+#include <memory>
+
+#include "support.hpp"
+
+namespace {
+
+RuntimeBridge named(const char* name) { return RuntimeBridge::with_thread_name(name); }
+
+}  // namespace
+
+TEST_CASE("deadlock: a call on the bridge's own worker") {
+  RuntimeBridge bridge = named("own");
+  std::string from_plain, from_coroutine, message;
+  bool ran = false;
+  unwrap(bridge.block_on([&] { from_plain = outcome(bridge.block_on([&] { ran = true; })); }));
+  const auto coroutine = [&]() -> awaitable<void> {
+    co_await asio::post(use_awaitable);
+    const auto inner = bridge.block_on(park());
+    from_coroutine = outcome(inner);
+    message = inner.error().message();
+  };
+  unwrap(bridge.block_on(coroutine));
+  CHECK_FALSE(ran);
+  CHECK(from_plain == would_deadlock);
+  CHECK(from_coroutine == would_deadlock);
+  CHECK(message == "runtime_bridge: the call would wait for itself: own -> own");
+  CHECK(bridge.in_flight() == 0);
+}
+
+TEST_CASE("deadlock: the hook for stray exceptions runs on the worker too") {
+  std::unique_ptr<RuntimeBridge> bridge;
+  std::string inner;
+  std::atomic<bool> called{false};
+  Options options;
+  options.on_stray_exception = [&](std::exception_ptr) {
+    inner = outcome(bridge->block_on([] {}));
+    called = true;
+  };
+  bridge = std::make_unique<RuntimeBridge>(options);
+  asio::post(bridge->get_executor(), [] { throw 1; });
+  await_state([&] { return called.load(); });
+  CHECK(inner == would_deadlock);
+}
+
+TEST_CASE("deadlock: a ring of two and a ring of three, named") {
+  RuntimeBridge a = named("A"), b = named("B"), c = named("C");
+  std::string two, three;
+  unwrap(a.block_on([&] {
+    unwrap(b.block_on([&] {
+      two = a.block_on([] {}).error().message();
+      unwrap(c.block_on([&] { three = a.block_on([] {}).error().message(); }));
+    }));
+  }));
+  CHECK(two == "runtime_bridge: the call would wait for itself: B -> A -> B");
+  CHECK(three == "runtime_bridge: the call would wait for itself: C -> A -> B -> C");
+  CHECK(a.block_on([] { return 1; }) == 1);
+}
+
+TEST_CASE("deadlock: a ring through a task that is suspended") {
+  // A waits for a task of B that is parked; meanwhile another task of B, from elsewhere, would wait for A.
+  RuntimeBridge a = named("A"), b = named("B");
+  bool may_end = false;
+  const auto parked = [&may_end]() -> awaitable<void> {
+    while (!may_end) co_await asio::post(use_awaitable);
+  };
+  std::jthread caller([&] { unwrap(a.block_on([&] { unwrap(b.block_on(parked)); })); });
+  await_state([&] { return b.in_flight() == 1; });
+  std::string message;
+  unwrap(b.block_on([&] {
+    message = a.block_on([] {}).error().message();
+    may_end = true;
+  }));
+  CHECK(message == "runtime_bridge: the call would wait for itself: B -> A -> B");
+}
+
+TEST_CASE("deadlock: chains that share a bridge are no ring") {
+  RuntimeBridge a = named("A"), b = named("B"), c = named("C"), d = named("D");
+  constexpr int rounds = 500;
+  std::barrier both(2);
+  std::atomic<int> values{0};
+  const auto chain = [&](RuntimeBridge& first) {
+    for (int i = 0; i < rounds; ++i) {
+      both.arrive_and_wait();
+      const auto through = first.block_on([&] { return *c.block_on([&] { return *d.block_on([] { return 1; }); }); });
+      if (through.has_value()) values += *through;
+    }
+  };
+  {
+    std::jthread one([&] { chain(a); });
+    std::jthread two([&] { chain(b); });
+  }
+  CHECK(values == 2 * rounds);
+}
+
+// Race: A's worker was answered by B but has not woken yet. A note that A waits for B would be stale now, and a call of
+// B on A a false alarm.
+TEST_CASE("deadlock: no false alarm from a wait that has just been answered") {
+  RuntimeBridge a = named("A"), b = named("B");
+  for (int round = 0; round < 2'000; ++round) {
+    std::atomic<bool> done{false};
+    std::string from_b;
+    unwrap(a.block_on([&] {
+      unwrap(b.block_on([&] {
+        asio::post(b.get_executor(), [&] {
+          from_b = outcome(a.block_on([] {}));
+          done = true;
+        });
+      }));
+    }));
+    await_state([&] { return done.load(); });
+    REQUIRE(from_b == "value");
+  }
+}
+
+TEST_CASE("deadlock: a refused call leaves no note behind") {
+  RuntimeBridge a = named("A"), dead = named("dead");
+  dead.get_executor().context().stop();
+  await_state([&] { return !dead.block_on([] {}).has_value(); });
+  std::string on_dead, on_own;
+  unwrap(a.block_on([&] {
+    on_dead = outcome(dead.block_on([] {}));
+    on_own = outcome(a.block_on([] {}));
+  }));
+  CHECK(on_dead == worker_dead);
+  CHECK(on_own == would_deadlock);
+  RuntimeBridge b = named("B");
+  CHECK(b.block_on([&] { return *a.block_on([] { return 2; }); }) == 2);
+}
+
+TEST_CASE("deadlock: destroying a bridge whose worker waits for this one") {
+  auto a = std::make_unique<RuntimeBridge>(named("A"));
+  RuntimeBridge b = named("B");
+  std::string inner, outer;
+  std::jthread caller([&, bridge = a.get()] {
+    outer = outcome(bridge->block_on([&] {
+      inner = outcome(b.block_on([&] { a.reset(); }));
+      return 1;
+    }));
+  });
+  caller.join();
+  CHECK(inner == "value");
+  CHECK(outer == "value");
+  CHECK(b.block_on([] { return 3; }) == 3);
+}

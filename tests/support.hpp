@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What several test files share. Catch2's assertions are for the main thread only: other threads collect.
+
+#ifndef RUNTIME_BRIDGE_TESTS_SUPPORT_HPP
+#define RUNTIME_BRIDGE_TESTS_SUPPORT_HPP
+
+#if __has_include(<catch2/catch_test_macros.hpp>)
+#include <catch2/catch_template_test_macros.hpp>
+#include <catch2/catch_test_macros.hpp>
+#else
+#include <catch2/catch.hpp>
+#endif
+
+#include <asio/version.hpp>
+#if ASIO_VERSION < 102400
+#include <asio/experimental/deferred.hpp>
+namespace asio {
+using experimental::deferred;
+}
+#else
+#include <asio/deferred.hpp>
+#endif
+
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <asio/steady_timer.hpp>
+#include <chrono>
+#include <cstdio>
+#include <exception>
+#include <filesystem>
+#include <iterator>
+#include <runtime_bridge.hpp>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define SANITIZED 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define SANITIZED 1
+#endif
+#endif
+
+using asio::awaitable;
+using asio::use_awaitable;
+using runtime_bridge::BridgeError;
+using runtime_bridge::Options;
+using runtime_bridge::Result;
+using runtime_bridge::RuntimeBridge;
+using runtime_bridge::Start;
+using runtime_bridge::unwrap;
+using namespace std::chrono_literals;
+
+/// Waits for a state that another thread brings about. A state that never comes is the ctest timeout's business.
+template <class Condition>
+void await_state(Condition condition) {
+  while (!condition()) std::this_thread::yield();
+}
+
+/// Waits until `calls` calls of the bridge have been started and run as far as they can by themselves.
+inline void await_calls(const RuntimeBridge& bridge, std::size_t calls) {
+  await_state([&] { return bridge.in_flight() == calls; });
+  unwrap(bridge.block_on([] {}));  // which was queued behind their starts
+}
+
+/// Parks on the bridge's own context, for longer than any test runs.
+inline awaitable<void> park() {
+  asio::steady_timer timer(co_await asio::this_coro::executor, 24h);
+  co_await timer.async_wait(use_awaitable);
+}
+
+/// Never parks: runs on through the context's queue.
+inline awaitable<void> run_in_circles() {
+  for (;;) co_await asio::post(use_awaitable);
+}
+
+inline std::string what(const std::exception_ptr& cause) {
+  if (!cause) return "no cause";
+  try {
+    std::rethrow_exception(cause);
+  } catch (const std::exception& e) {
+    return e.what();
+  } catch (...) {
+    return "not a std::exception";
+  }
+}
+
+/// What a call came to, for a thread that cannot use Catch2's assertions.
+template <class T>
+std::string outcome(const Result<T>& result) {
+  if (result.has_value()) return "value";
+  const std::string kind = runtime_bridge::make_error_code(result.error().kind()).message();
+  return result.error().cause() ? kind + ": " + what(result.error().cause()) : kind;
+}
+inline const std::string worker_dead = "the worker is gone";
+inline const std::string response_lost = "the task ended without a value";
+inline const std::string would_deadlock = "the call would wait for itself";
+
+inline std::size_t entries(const char* folder) {
+  const std::filesystem::directory_iterator begin(folder);
+  return static_cast<std::size_t>(std::distance(begin, std::filesystem::directory_iterator()));
+}
+inline std::size_t threads_of_this_process() { return entries("/proc/self/task"); }
+inline std::size_t descriptors_of_this_process() { return entries("/proc/self/fd"); }
+
+/// Runs `body` in a child process and gives its exit code; -1 for a signal, which is what a hang ends with.
+template <class Body>
+int in_child_process(Body body) {
+  std::fflush(nullptr);
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(30);
+    int code = 99;
+    try {
+      code = body();
+    } catch (...) {
+    }
+    _exit(code);
+  }
+  int status = 0;
+  while (waitpid(child, &status, 0) == -1 && errno == EINTR) {
+  }
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+#endif  // RUNTIME_BRIDGE_TESTS_SUPPORT_HPP

@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The worker: how it starts, what it is called, and what it survives.
+
+#include <pthread.h>
+#include <sys/resource.h>
+
+#include <array>
+#include <atomic>
+#include <latch>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+
+#include "support.hpp"
+
+namespace {
+
+std::string name_of_this_thread() {
+  std::array<char, 16> name{};
+  pthread_getname_np(pthread_self(), name.data(), name.size());
+  return name.data();
+}
+
+/// Lets the process open no more descriptors than it has.
+class NoMoreDescriptors {
+ public:
+  NoMoreDescriptors() {
+    getrlimit(RLIMIT_NOFILE, &before_);
+    rlimit none = before_;
+    none.rlim_cur = 0;
+    setrlimit(RLIMIT_NOFILE, &none);
+  }
+  ~NoMoreDescriptors() { setrlimit(RLIMIT_NOFILE, &before_); }
+
+ private:
+  rlimit before_{};
+};
+
+Options lazy() {
+  Options options;
+  options.start = Start::lazy;
+  return options;
+}
+
+}  // namespace
+
+TEST_CASE("worker: its name, cut to what the system takes") {
+  CHECK(RuntimeBridge().block_on(name_of_this_thread) == "runtime-bridge");
+  CHECK(RuntimeBridge::with_thread_name("pg-pool").block_on(name_of_this_thread) == "pg-pool");
+  CHECK(RuntimeBridge::with_thread_name("a-name-of-more-than-15-bytes").block_on(name_of_this_thread) ==
+        "a-name-of-more-");
+  CHECK(RuntimeBridge::with_thread_name("").block_on([] { return 1; }) == 1);
+}
+
+TEST_CASE("worker: one thread runs everything") {
+  RuntimeBridge bridge;
+  const auto id = *bridge.block_on([] { return std::this_thread::get_id(); });
+  std::thread::id raw;
+  const auto hop = [&]() -> awaitable<std::thread::id> {
+    asio::post(bridge.get_executor(), [&raw] { raw = std::this_thread::get_id(); });
+    co_await asio::post(use_awaitable);
+    co_return std::this_thread::get_id();
+  };
+  CHECK(bridge.block_on(hop) == id);
+  CHECK(raw == id);
+}
+
+TEST_CASE("worker: an exception of a raw handler goes to the hook, and the loop goes on") {
+  std::mutex mutex;
+  std::vector<std::string> strays;
+  Options options;
+  options.on_stray_exception = [&](std::exception_ptr stray) {
+    const std::lock_guard lock(mutex);
+    strays.push_back(what(stray));
+    throw std::runtime_error("the hook's own, which is dropped");
+  };
+  RuntimeBridge bridge(options);
+  const auto worker = *bridge.block_on([] { return std::this_thread::get_id(); });
+
+  std::string neighbour;
+  std::atomic<bool> may_end{false};
+  std::jthread other([&] {
+    const auto waits = [&]() -> awaitable<void> {
+      while (!may_end) co_await asio::post(use_awaitable);
+    };
+    neighbour = outcome(bridge.block_on(waits));
+  });
+  await_state([&] { return bridge.in_flight() == 1; });
+
+  asio::post(bridge.get_executor(), [] { throw std::runtime_error("first"); });
+  asio::post(bridge.get_executor(), [] { throw 2; });
+  CHECK(bridge.block_on([] { return std::this_thread::get_id(); }) == worker);
+  may_end = true;
+  other.join();
+  CHECK(neighbour == "value");
+  const std::lock_guard lock(mutex);
+  CHECK(strays == std::vector<std::string>{"first", "not a std::exception"});
+}
+
+TEST_CASE("worker: a stray exception without a hook") {
+  RuntimeBridge bridge;
+  asio::post(bridge.get_executor(), [] { throw std::runtime_error("nobody asked"); });
+  CHECK(bridge.block_on([] { return 1; }) == 1);
+}
+
+TEST_CASE("worker: in_flight counts the calls that have not ended") {
+  RuntimeBridge bridge;
+  CHECK(bridge.in_flight() == 0);
+  CHECK(bridge.block_on([&] { return bridge.in_flight(); }) == 1u);
+  std::atomic<bool> may_end{false};
+  {
+    std::vector<std::jthread> callers;
+    for (int i = 0; i < 3; ++i) {
+      callers.emplace_back([&] {
+        const auto waits = [&]() -> awaitable<void> {
+          while (!may_end) co_await asio::post(use_awaitable);
+        };
+        unwrap(bridge.block_on(waits));
+        // A call that has returned is not counted any more; at most the two others are.
+        if (bridge.in_flight() > 2) std::terminate();
+      });
+    }
+    await_state([&] { return bridge.in_flight() == 3; });
+    may_end = true;
+  }
+  CHECK(bridge.in_flight() == 0);
+}
+
+TEST_CASE("start: eager, the constructor makes the thread and takes the reactor's descriptors") {
+  const auto threads = threads_of_this_process();
+  const auto descriptors = descriptors_of_this_process();
+  {
+    RuntimeBridge bridge;
+    CHECK(threads_of_this_process() == threads + 1);
+    const auto taken = descriptors_of_this_process();
+    CHECK(taken > descriptors);
+    asio::steady_timer timer(bridge.get_executor(), 1ms);
+    CHECK(bridge.block_on(timer.async_wait(asio::deferred)).has_value());
+    CHECK(descriptors_of_this_process() == taken);  // the first timer needs none of its own
+  }
+  CHECK(threads_of_this_process() == threads);
+  CHECK(descriptors_of_this_process() == descriptors);
+}
+
+TEST_CASE("start: without descriptors the constructor fails") {
+  std::error_code thrown;
+  std::error_code created;
+  {
+    const NoMoreDescriptors limit;
+    try {
+      const RuntimeBridge bridge;
+    } catch (const std::system_error& e) {
+      thrown = e.code();
+    }
+    const auto result = RuntimeBridge::create();
+    if (!result.has_value()) created = result.error();
+  }
+  CHECK(thrown == std::errc::too_many_files_open);
+  CHECK(created == std::errc::too_many_files_open);
+  CHECK(RuntimeBridge::create()->block_on([] { return 1; }) == 1);
+}
+
+#ifndef SANITIZED  // whose shadow memory does not fit under such a limit
+TEST_CASE("start: without a thread the constructor fails") {
+  // In a process of its own: Catch2 may need memory while the limit stands.
+  CHECK(in_child_process([] {
+          RuntimeBridge late(lazy());
+          // A stack that does not fit into the address space, and is larger than those that glibc keeps of past
+          // threads.
+          pthread_attr_t attributes;
+          pthread_attr_init(&attributes);
+          pthread_attr_setstacksize(&attributes, std::size_t{8} << 30);
+          pthread_setattr_default_np(&attributes);
+          rlimit before{};
+          getrlimit(RLIMIT_AS, &before);
+          rlimit tight = before;
+          tight.rlim_cur = std::size_t{4} << 30;
+          setrlimit(RLIMIT_AS, &tight);
+
+          const auto created = RuntimeBridge::create();
+          if (created.has_value() || created.error() != std::errc::resource_unavailable_try_again) return 1;
+          const auto refused = late.block_on([] { return 1; });
+          if (refused.has_value() || refused.error() != BridgeError::WorkerDead) return 2;
+          if (refused.error().message().find("could not be started") == std::string::npos) return 3;
+          if (!refused.error().cause() || late.in_flight() != 0) return 4;
+
+          setrlimit(RLIMIT_AS, &before);
+          return late.block_on([] { return 0; }).value();
+        }) == 0);
+}
+#endif
+
+TEST_CASE("start: lazy, the first call starts the worker") {
+  const auto threads = threads_of_this_process();
+  const auto descriptors = descriptors_of_this_process();
+  RuntimeBridge bridge(lazy());
+  CHECK(threads_of_this_process() == threads);
+  CHECK(descriptors_of_this_process() == descriptors);
+  CHECK(bridge.block_on([] { return 5; }) == 5);
+  CHECK(threads_of_this_process() == threads + 1);
+}
+
+TEST_CASE("start: lazy, a bridge that is never called") {
+  const auto threads = threads_of_this_process();
+  bool ran = false;
+  {
+    RuntimeBridge bridge(lazy());
+    asio::post(bridge.get_executor(), [&ran] { ran = true; });
+  }
+  CHECK_FALSE(ran);
+  CHECK(threads_of_this_process() == threads);
+}
+
+TEST_CASE("start: lazy, what was posted before the first call runs first") {
+  RuntimeBridge bridge(lazy());
+  bool ran = false;
+  asio::post(bridge.get_executor(), [&ran] { ran = true; });
+  CHECK(bridge.block_on([&ran] { return ran; }) == true);
+}
+
+TEST_CASE("start: lazy, a start that fails is WorkerDead with the cause, and the next call tries again") {
+  RuntimeBridge bridge(lazy());
+  Result<int> refused = 0;
+  {
+    const NoMoreDescriptors limit;
+    refused = bridge.block_on([] { return 1; });
+  }
+  REQUIRE_FALSE(refused.has_value());
+  CHECK(refused.error() == BridgeError::WorkerDead);
+  CHECK_THROWS_AS(std::rethrow_exception(refused.error().cause()), std::system_error);
+  CHECK(refused.error().message().find("the worker could not be started: ") != std::string::npos);
+  CHECK(bridge.in_flight() == 0);
+  CHECK(bridge.block_on([] { return 2; }) == 2);
+}
+
+TEST_CASE("start: lazy, 64 racing first calls make one thread") {
+  for (int round = 0; round < 20; ++round) {
+    RuntimeBridge bridge(lazy());
+    std::latch go(64);
+    std::mutex mutex;
+    std::set<std::thread::id> workers;
+    {
+      std::vector<std::jthread> callers;
+      for (int i = 0; i < 64; ++i) {
+        callers.emplace_back([&] {
+          go.arrive_and_wait();
+          const auto id = unwrap(bridge.block_on([] { return std::this_thread::get_id(); }));
+          const std::lock_guard lock(mutex);
+          workers.insert(id);
+        });
+      }
+    }
+    REQUIRE(workers.size() == 1);
+  }
+}
+
+// Race: the first call starts the worker while somebody stops its context.
+TEST_CASE("start: lazy, a first call against context().stop()") {
+  for (int round = 0; round < 500; ++round) {
+    RuntimeBridge bridge(lazy());
+    std::latch go(2);
+    std::string first;
+    std::jthread caller([&] {
+      go.arrive_and_wait();
+      first = outcome(bridge.block_on([] { return 1; }));
+    });
+    go.arrive_and_wait();
+    bridge.get_executor().context().stop();
+    caller.join();
+    REQUIRE((first == "value" || first == worker_dead || first == response_lost));
+  }
+}
