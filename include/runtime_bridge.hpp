@@ -25,8 +25,10 @@
 #include <asio/any_io_executor.hpp>
 #include <asio/awaitable.hpp>
 #include <asio/bind_allocator.hpp>
+#include <asio/bind_cancellation_slot.hpp>
+#include <asio/cancellation_signal.hpp>
+#include <asio/cancellation_type.hpp>
 #include <asio/co_spawn.hpp>
-#include <asio/detached.hpp>
 #include <asio/detail/reactor.hpp>
 #include <asio/execution_context.hpp>
 #include <asio/executor_work_guard.hpp>
@@ -51,10 +53,12 @@
 #include <exception>
 #include <functional>
 #include <future>
+#include <list>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <optional>
+#include <stop_token>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -170,6 +174,10 @@ using tl::unexpected;
 using InPlace = tl::in_place_t;
 #endif
 
+inline unexpected<BridgeError> refuse(BridgeError::Kind kind, const char* why) {
+  return unexpected<BridgeError>({kind, nullptr, literal(why)});
+}
+
 }  // namespace detail
 
 inline std::error_code make_error_code(BridgeError::Kind kind) noexcept { return {kind, detail::error_category}; }
@@ -213,6 +221,12 @@ T unwrap(Result<T> result) {
 enum class Start {
   eager,  ///< By the constructor, which fails if it cannot be had.
   lazy,   ///< By the first call, which is `WorkerDead` if it cannot be had; the next call tries again.
+};
+
+/// What `shutdown` does with the calls in flight.
+enum class Shutdown {
+  drain,   ///< Waits for them.
+  cancel,  ///< Cancels them, and waits for them to end.
 };
 
 struct Options {
@@ -307,14 +321,11 @@ class Core;
 /// number of threads that are posting, the number of calls in flight.
 class Gate {
  public:
-  /// Counts a call and its poster, unless the gate is closed.
-  bool enter() noexcept {
-    std::uint64_t word = word_.load(std::memory_order_relaxed);
-    do {
-      if (word & no_calls) return false;
-    } while (!word_.compare_exchange_weak(word, word + call + poster));
-    return true;
-  }
+  /// Counts a call and its poster, unless the gate is closed to calls.
+  bool enter_call() noexcept { return enter(call + poster, no_calls); }
+
+  /// Counts a poster, unless the gate is closed to posts. For a post on behalf of a call that was admitted before.
+  bool enter_post() noexcept { return enter(poster, no_posts); }
 
   /// The poster is through. Pairs with `close`, which may be waiting for it.
   void leave() noexcept {
@@ -344,6 +355,14 @@ class Gate {
   static constexpr std::uint64_t no_posts = 2;
   static constexpr std::uint64_t poster = 4;
   static constexpr std::uint64_t call = std::uint64_t{1} << 32;
+
+  bool enter(std::uint64_t who, std::uint64_t closed) noexcept {
+    std::uint64_t word = word_.load(std::memory_order_relaxed);
+    do {
+      if (word & closed) return false;
+    } while (!word_.compare_exchange_weak(word, word + who));
+    return true;
+  }
 
   static std::uint64_t posters(std::uint64_t word) noexcept { return (word % call) / poster; }
   static std::size_t calls(std::uint64_t word) noexcept { return static_cast<std::size_t>(word / call); }
@@ -443,18 +462,70 @@ struct OperationAllocator {
   OperationMemory* memory;
 };
 
-class Ticket;
+/// The time until `deadline`: none if it has passed, and else not more than an hour. Long waits are taken in steps, so
+/// that no sum overflows, and a clock that can be set is looked at every second.
+template <class Clock, class Duration>
+std::chrono::nanoseconds time_left(const std::chrono::time_point<Clock, Duration>& deadline) {
+  using Exact = std::chrono::duration<long double, std::nano>;
+  constexpr std::chrono::seconds step(Clock::is_steady ? 3600 : 1);
+  const Exact left = Exact(deadline.time_since_epoch()) - Exact(Clock::now().time_since_epoch());
+  if (!(left > Exact::zero())) return std::chrono::nanoseconds::zero();
+  return left < step ? std::chrono::ceil<std::chrono::nanoseconds>(left) : step;
+}
 
-/// A call in flight. It lives where its caller waits, and the worker writes its outcome here before it answers.
+using SteadyTime = std::chrono::steady_clock::time_point;
+
+/// The time after `duration` from now; `max()` if that is further off than the clock can tell.
+template <class Rep, class Period>
+SteadyTime time_after(const std::chrono::duration<Rep, Period>& duration) {
+  using Exact = std::chrono::duration<long double, std::nano>;
+  const SteadyTime now = std::chrono::steady_clock::now();
+  const Exact exact(duration);
+  if (!(exact > Exact::zero())) return now;
+  if (exact >= Exact(SteadyTime::max() - now)) return SteadyTime::max();
+  return now + std::chrono::ceil<std::chrono::nanoseconds>(exact);
+}
+
+class Ticket;
+struct Running;
+
+/// A call in flight. It lives where its caller waits, or with its `JoinHandle`; the worker writes its outcome here
+/// before it answers.
 class Call {
  public:
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
 
-  void wait() noexcept { answered_.wait(); }
+  void wait() const noexcept { answered_.wait(); }
+
+  /// Waits for the answer until `deadline`, of whatever clock. False if it did not come.
+  template <class Clock, class Duration>
+  bool wait_until(const std::chrono::time_point<Clock, Duration>& deadline) const {
+    for (;;) {
+      const std::chrono::nanoseconds left = time_left(deadline);
+      if (answered_.wait_for(left) == std::future_status::ready) return true;
+      if (left == std::chrono::nanoseconds::zero()) return false;
+    }
+  }
+
+  /// For a submitted call, which lives until it is over even if nobody waits for it.
+  void keep(std::shared_ptr<Call> self) noexcept { self_ = std::move(self); }
+
+  /// Answers a call that was not sent.
+  void refuse(BridgeError error) {
+    self_.reset();
+    refusal_ = std::move(error);
+    if (!answered()) answer_.set_value();
+  }
+
+  bool answered() const noexcept {
+    return answered_.wait_for(std::chrono::nanoseconds::zero()) == std::future_status::ready;
+  }
 
   /// Why there is no value. For a call that was answered without one.
   BridgeError error() const {
+    if (refusal_) return *refusal_;
+    if (const int kind = asked_.load(); kind != 0) return {static_cast<BridgeError::Kind>(kind), cause_};
     if (cause_) return {BridgeError::ResponseLost, cause_, literal("the task threw")};
     if (stage_ == Stage::starting) {
       return {BridgeError::ResponseLost, std::make_exception_ptr(std::bad_alloc()), literal("the task did not start")};
@@ -470,6 +541,7 @@ class Call {
 
   Stage stage_ = Stage::queued;
   std::exception_ptr cause_;
+  Running* running_ = nullptr;  // the worker's own: what cancels the task while it runs
 
  private:
   friend class Core;
@@ -478,13 +550,36 @@ class Call {
   /// Begins the task. On the worker.
   virtual void start(Ticket ticket) noexcept = 0;
 
+  /// Destroys the task, if it is the call's own.
+  virtual void release_task() noexcept = 0;
+
+  /// Makes one more ticket possible. False if there is none any more: the call is over.
+  bool hold() noexcept {
+    int tickets = tickets_.load(std::memory_order_relaxed);
+    do {
+      if (tickets == 0) return false;
+    } while (!tickets_.compare_exchange_weak(tickets, tickets + 1));
+    return true;
+  }
+
+  /// Notes why the call is cancelled. False if that has been asked for before.
+  bool ask(BridgeError::Kind why) noexcept {
+    int none = 0;
+    return asked_.compare_exchange_strong(none, why);
+  }
+
   std::promise<void> answer_;
   std::future<void> answered_ = answer_.get_future();
-  Core* waiter_ = nullptr;  // the bridge whose worker waits for this call, if it is one
-  OperationMemory memory_;
+  std::optional<BridgeError> refusal_;
+  std::shared_ptr<Call> self_;  // a submitted call keeps itself until it is over
+  std::atomic<int> tickets_{1};
+  std::atomic<int> asked_{0};           // the BridgeError::Kind that cancellation was asked for with
+  std::atomic<Core*> waiter_{nullptr};  // the bridge whose worker waits for this call; its own bridge once it is over
+  OperationMemory start_memory_;
+  OperationMemory cancel_memory_;
 };
 
-/// The right to end a call. Whoever holds it last answers the caller, by dropping it.
+/// The right to end a call. Whoever drops the last one of a call answers the caller.
 class Ticket {
  public:
   Ticket(Core& core, Call& call) noexcept : core_(&core), call_(&call) {}
@@ -500,7 +595,31 @@ class Ticket {
   Call* call_;
 };
 
-/// The bridge's inside: co-owned by the bridge, its worker and every thread that is in one of its functions.
+/// What cancels a coroutine. It is the worker's, and used on the worker only, because Asio touches it for a moment
+/// after the call is over.
+struct Running {
+  asio::cancellation_signal signal;
+  Call* call = nullptr;  // null unless the task runs
+  std::list<Running>* home = nullptr;
+};
+
+/// Forgets the exceptions of a driver, which has none, and gives its `Running` back when Asio is through with it.
+class Finished {
+ public:
+  explicit Finished(Core& core);
+  Finished(Finished&& other) noexcept : core_(std::exchange(other.core_, nullptr)), running_(other.running_) {}
+  Finished& operator=(Finished&&) = delete;
+  ~Finished();
+
+  Running& running() const noexcept { return *running_; }
+  void operator()(const std::exception_ptr&) const noexcept {}
+
+ private:
+  Core* core_;
+  std::list<Running>::iterator running_;
+};
+
+/// The bridge's inside: co-owned by the bridge, its worker, its handles and every thread in one of its functions.
 class Core : public std::enable_shared_from_this<Core> {
  public:
   explicit Core(Options options) : options_(std::move(options)) {}
@@ -512,14 +631,28 @@ class Core : public std::enable_shared_from_this<Core> {
   /// Starts the worker, unless it was started or the gate is closed.
   void start();
 
-  /// Sends the call to the worker, or says why not. Once it is sent it will be answered, whatever happens.
-  std::optional<BridgeError> post(Call& call);
+  /// Admits the call and sends it to the worker, or says why not. Once it is sent it will be answered, whatever
+  /// happens. `waits` tells whether this thread is going to wait for the answer.
+  std::optional<BridgeError> post(Call& call, bool waits);
 
-  /// Stops the worker and waits until it has ended, or lets it end alone if it cannot end before the caller goes on.
-  void stop();
+  /// Asks the worker to cancel the call, unless it is over or that was asked for before.
+  void cancel(Call& call, BridgeError::Kind why) noexcept;
+
+  /// If this thread is a worker, notes that it is about to wait for this bridge: for `call`, or for its end. If that
+  /// would close a ring of waiting workers it notes nothing, puts the names of the ring into `ring` and returns false.
+  /// A worker waits for at most one bridge, so following the notes finds every ring, and only rings.
+  bool begin_wait(Call* call, std::shared_ptr<const char>* ring = nullptr);
+
+  /// Takes the note back, for a wait that ended without an answer.
+  void end_wait(Call* call) noexcept;
+
+  /// Admits no more calls, ends the worker once those in flight are over or at `deadline`, and waits for that. False if
+  /// calls were left. `last` if the bridge is being destroyed: a worker that cannot be waited for then ends by itself.
+  bool shut_down(Shutdown how, SteadyTime deadline, bool last) noexcept;
 
  private:
   friend class Ticket;
+  friend class Finished;
 
   class Poster {
    public:
@@ -532,9 +665,17 @@ class Core : public std::enable_shared_from_this<Core> {
     Gate& gate_;
   };
 
+  void end_call(Call& call) noexcept;
+  void cancel_calls() noexcept;
   void run() noexcept;
   void abandon_calls() noexcept;
   void settle() noexcept;
+
+  /// Posts `handler`, in memory that is there already.
+  template <class Handler>
+  void post_in(OperationMemory& memory, Handler handler) {
+    asio::post(context_, asio::bind_allocator(OperationAllocator<void>(memory), std::move(handler)));
+  }
 
   /// Runs a step of the loop; what escapes a raw handler goes to the hook, and the step is taken again.
   template <class Step>
@@ -551,15 +692,6 @@ class Core : public std::enable_shared_from_this<Core> {
     }
   }
 
-  /// Notes that this worker is about to wait for `target`, and returns true. If that would close a ring of waiting
-  /// workers, it notes nothing, puts the names of the ring into `path` and returns false. A worker waits for at most
-  /// one bridge, so following the notes finds every ring, and only rings.
-  bool wait_for(Core& target, std::string* path = nullptr);
-  void waits_no_more() noexcept {
-    const std::lock_guard lock(Forks::ring_mutex);
-    waits_for_ = nullptr;
-  }
-
   static inline thread_local Core* current_ = nullptr;  // the bridge whose worker this thread is
 
   // A coroutine that never waits is never parked, and its handlers keep the queue from running empty. After so many in
@@ -569,81 +701,164 @@ class Core : public std::enable_shared_from_this<Core> {
   const Options options_;
   const unsigned forks_ = Forks::count();
   Gate gate_;
-  Context context_;
-  std::optional<asio::executor_work_guard<asio::io_context::executor_type>> work_{context_.get_executor()};
-  bool stopped_ = false;       // the worker's own: what is queued still is not to be started any more
-  Core* waits_for_ = nullptr;  // guarded by Forks::ring_mutex
   std::atomic<bool> started_{false};
+  std::atomic<bool> cancel_asked_{false};
+  OperationMemory cancel_memory_;
+
+  // The worker's own.
+  bool stopped_ = false;     // what is queued still is not to be started any more
+  bool cancelling_ = false;  // nor this, because its call is cancelled
+  std::list<Running> running_;
+  std::list<Running> to_cancel_;
+  std::list<Running> spare_;
+
+  Context context_;  // below what its handlers use when they are destroyed with it
+  std::optional<asio::executor_work_guard<asio::io_context::executor_type>> work_{context_.get_executor()};
+
+  // Guarded by Forks::ring_mutex.
+  Core* waits_for_ = nullptr;
+  const Call* waits_for_call_ = nullptr;
 
   std::mutex mutex_;  // guards what follows
   std::condition_variable changed_;
   std::thread thread_;
-  bool detached_ = false;
-  bool gone_ = true;  // no worker, or no more
+  bool ended_ = true;       // there is no worker: not yet, or not any more
+  bool joined_ = true;      // nor its thread
+  bool abandoned_ = false;  // it was stopped under calls
 };
 
 inline Ticket::~Ticket() {
-  if (!call_) return;
-  // Nothing of the call may be touched once the caller wakes, so take along what answers it.
-  std::promise<void> answer = std::move(call_->answer_);
-  // Exactly here the waiting worker is free again: a note that stood any longer would be a false alarm.
-  if (call_->waiter_) call_->waiter_->waits_no_more();
-  if (core_->gate_.end_call()) core_->context_.stop();
-  answer.set_value();
+  if (call_ && call_->tickets_.fetch_sub(1) == 1) core_->end_call(*call_);
+}
+
+inline Finished::Finished(Core& core) : core_(&core) {
+  if (core.spare_.empty()) core.spare_.emplace_back();
+  running_ = core.spare_.begin();
+  core.running_.splice(core.running_.end(), core.spare_, running_);
+  running_->home = &core.running_;
+}
+
+inline Finished::~Finished() {
+  if (!core_) return;
+  running_->call = nullptr;
+  core_->spare_.splice(core_->spare_.end(), *running_->home, running_);
 }
 
 inline void Core::start() {
   // Pairs with the store below: who sees it need not take the lock.
   if (started_.load(std::memory_order_acquire)) return;
   const std::lock_guard lock(mutex_);
-  // `stop` closes the gate before it takes the lock: a worker that is made here is one that it will see.
+  // `shut_down` closes the gate before it takes the lock: a worker that is made here is one that it will see.
   if (started_.load(std::memory_order_relaxed) || gate_.closed_to_calls()) return;
   context_.open_reactor();
   thread_ = std::thread([self = shared_from_this()] { self->run(); });
-  gone_ = false;
+  ended_ = joined_ = false;
   started_.store(true, std::memory_order_release);
 }
 
-inline std::optional<BridgeError> Core::post(Call& call) {
-  if (forked()) return BridgeError(BridgeError::WorkerDead, nullptr, literal("the worker lives in the parent process"));
-  if (!gate_.enter()) return BridgeError(BridgeError::WorkerDead, nullptr, literal("the worker was stopped"));
+inline std::optional<BridgeError> Core::post(Call& call, bool waits) {
+  const auto dead = [](const char* why, std::exception_ptr cause = nullptr) {
+    return BridgeError(BridgeError::WorkerDead, std::move(cause), literal(why));
+  };
+  if (forked()) return dead("the worker lives in the parent process");
+  if (!gate_.enter_call()) return dead("the worker was stopped");
   const Poster poster(gate_);
   Ticket ticket(*this, call);
-  if (current_) {
-    auto path = std::make_shared<std::string>("the call would wait for itself: ");
-    if (!current_->wait_for(*this, path.get())) {
-      return BridgeError(BridgeError::WouldDeadlock, nullptr, {path, path->c_str()});
-    }
-    call.waiter_ = current_;
-  }
+  std::shared_ptr<const char> ring;
+  if (waits && !begin_wait(&call, &ring)) return BridgeError(BridgeError::WouldDeadlock, nullptr, std::move(ring));
   try {
     start();
   } catch (const std::system_error&) {
-    return BridgeError(BridgeError::WorkerDead, std::current_exception(), literal("the worker could not be started"));
+    return dead("the worker could not be started", std::current_exception());
   }
-  if (!started_) return BridgeError(BridgeError::WorkerDead, nullptr, literal("the worker was stopped"));
+  if (!started_) return dead("the worker was stopped");
 
-  asio::post(context_, asio::bind_allocator(OperationAllocator<void>(call.memory_), [t = std::move(ticket)]() mutable {
-               Call& started = t.call();
-               if (!t.core().stopped_) started.start(std::move(t));
-             }));
+  post_in(call.start_memory_, [t = std::move(ticket)]() mutable {
+    Call& c = t.call();
+    Core& core = t.core();
+    if (core.cancelling_) c.ask(BridgeError::Cancelled);
+    if (!core.stopped_ && c.asked_ == 0) c.start(std::move(t));
+  });
   return std::nullopt;
 }
 
-inline bool Core::wait_for(Core& target, std::string* path) {
+inline void Core::cancel(Call& call, BridgeError::Kind why) noexcept {
+  if (forked() || !gate_.enter_post()) return;
+  const Poster poster(gate_);
+  if (!call.hold()) return;
+  Ticket ticket(*this, call);  // so the call cannot end before the handler below has run
+  if (!call.ask(why)) return;
+  // Emitted anywhere but on the worker, a cancellation would be a data race inside Asio.
+  post_in(call.cancel_memory_, [t = std::move(ticket)] {
+    if (Running* running = t.call().running_) running->signal.emit(asio::cancellation_type::terminal);
+  });
+}
+
+/// Cancels all calls in flight, those that are not started yet included. Once is enough: no calls come any more.
+inline void Core::cancel_calls() noexcept {
+  if (cancel_asked_.exchange(true) || !gate_.enter_post()) return;
+  const Poster poster(gate_);
+  post_in(cancel_memory_, [this] {
+    cancelling_ = true;
+    // An emit may run other tasks to their end, which takes them off whatever list they are on.
+    to_cancel_.swap(running_);
+    for (Running& running : to_cancel_) running.home = &to_cancel_;
+    while (!to_cancel_.empty()) {
+      Running& running = to_cancel_.front();
+      running_.splice(running_.end(), to_cancel_, to_cancel_.begin());
+      running.home = &running_;
+      if (running.call && running.call->ask(BridgeError::Cancelled)) {
+        running.signal.emit(asio::cancellation_type::terminal);
+      }
+    }
+  });
+}
+
+inline void Core::end_call(Call& call) noexcept {
+  call.release_task();
+  // Nothing of the call may be touched once the caller wakes, so take along what answers it.
+  const std::shared_ptr<Call> self = std::move(call.self_);
+  std::promise<void> answer = std::move(call.answer_);
+  // Exactly here a waiting worker is free again: a note that stood any longer would be a false alarm.
+  if (Core* waiter = call.waiter_.exchange(this)) {
+    const std::lock_guard lock(Forks::ring_mutex);
+    if (waiter->waits_for_call_ == &call) {
+      waiter->waits_for_ = nullptr;
+      waiter->waits_for_call_ = nullptr;
+    }
+  }
+  if (gate_.end_call()) context_.stop();
+  answer.set_value();
+}
+
+inline bool Core::begin_wait(Call* call, std::shared_ptr<const char>* ring) {
+  Core* const waiter = current_;
+  if (!waiter) return true;
   const std::lock_guard lock(Forks::ring_mutex);
-  const Core* last = &target;
-  while (last != this && last->waits_for_) last = last->waits_for_;
-  if (last != this) {
-    waits_for_ = &target;
-    return true;
+  Core* last = this;
+  while (last != waiter && last->waits_for_) last = last->waits_for_;
+  if (last == waiter) {
+    if (!ring) return false;
+    auto text = std::make_shared<std::string>("the call would wait for itself: " + waiter->options_.thread_name);
+    for (const Core* c = this; c != waiter; c = c->waits_for_) *text += " -> " + c->options_.thread_name;
+    *text += " -> " + waiter->options_.thread_name;
+    *ring = {text, text->c_str()};
+    return false;
   }
-  if (path) {
-    *path += options_.thread_name;
-    for (const Core* c = &target; c != this; c = c->waits_for_) *path += " -> " + c->options_.thread_name;
-    *path += " -> " + options_.thread_name;
-  }
-  return false;
+  Core* none = nullptr;
+  if (call && !call->waiter_.compare_exchange_strong(none, waiter)) return true;  // it is over
+  waiter->waits_for_ = this;
+  waiter->waits_for_call_ = call;
+  return true;
+}
+
+inline void Core::end_wait(Call* call) noexcept {
+  Core* waiter = current_;
+  if (!waiter) return;
+  const std::lock_guard lock(Forks::ring_mutex);
+  waiter->waits_for_ = nullptr;
+  waiter->waits_for_call_ = nullptr;
+  if (call) call->waiter_.compare_exchange_strong(waiter, nullptr);
 }
 
 inline void Core::run() noexcept {
@@ -656,11 +871,13 @@ inline void Core::run() noexcept {
   // Somebody stopped the context. From here on no thread of ours posts, and nothing is started.
   gate_.close();
   stopped_ = true;
+  const bool abandoned = gate_.in_flight() != 0;
   abandon_calls();
   settle();
 
   const std::lock_guard lock(mutex_);
-  if (detached_) gone_ = true;
+  ended_ = true;
+  abandoned_ = abandoned;
   changed_.notify_all();
 }
 
@@ -694,51 +911,62 @@ inline void Core::settle() noexcept {
   for (int handlers = 0; handlers < patience && survive([&] { return context_.poll_one(); }) != 0;) ++handlers;
 }
 
-inline void Core::stop() {
+inline bool Core::shut_down(Shutdown how, SteadyTime deadline, bool last) noexcept {
   gate_.close_to_calls();
-  context_.stop();
+  if (how == Shutdown::cancel) cancel_calls();
+  const auto none = std::chrono::nanoseconds::zero();
+  // With calls in flight the last of them does this.
+  if (gate_.in_flight() == 0 || time_left(deadline) == none) context_.stop();
 
-  std::unique_lock lock(mutex_);
-  std::thread thread = std::move(thread_);
-  const bool ring = current_ && !current_->wait_for(*this);
-  if (thread.joinable()) {
-    if (ring) {
-      detached_ = true;
-      thread.detach();
-    } else {
-      lock.unlock();
-      thread.join();
-      lock.lock();
-      gone_ = true;
-      changed_.notify_all();
+  if (!begin_wait(nullptr)) {
+    const std::lock_guard lock(mutex_);
+    if (last && thread_.joinable()) {
+      thread_.detach();
+      joined_ = true;
     }
-  } else if (!ring) {
-    changed_.wait(lock, [&] { return gone_; });
+    return gate_.in_flight() == 0;
   }
-  if (current_ && !ring) current_->waits_no_more();
+  std::unique_lock lock(mutex_);
+  while (!ended_) {
+    const std::chrono::nanoseconds left = time_left(deadline);
+    if (left == none) {
+      context_.stop();
+      changed_.wait(lock, [&] { return ended_; });
+    } else {
+      changed_.wait_for(lock, left);
+    }
+  }
+  if (thread_.joinable()) {
+    std::thread thread = std::move(thread_);
+    lock.unlock();
+    thread.join();
+    lock.lock();
+    joined_ = true;
+    changed_.notify_all();
+  } else {
+    changed_.wait(lock, [&] { return joined_; });
+  }
+  end_wait(nullptr);
+  return !abandoned_;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // A call and its task
 
-/// A call of one kind of Task. A callable stays with the caller and is borrowed; an awaitable is given up to the call.
-template <class Task>
-class TaskCall final : public Call {
-  using Traits = TaskTraits<Task>;
-  using Value = typename Traits::Value;
-  using Stored = std::conditional_t<std::is_void_v<Value>, std::monostate, Value>;
+/// A call that may end with a `T`.
+template <class T>
+class ResultCall : public Call {
+  using Stored = std::conditional_t<std::is_void_v<T>, std::monostate, T>;
 
  public:
-  explicit TaskCall(std::remove_reference_t<Task>& task) : task_(static_cast<Task&&>(task)) {}
-
   /// For a call that was answered.
-  Result<Value> result() {
+  Result<T> result() {
     if (!value_) return unexpected<BridgeError>(error());
-    if constexpr (std::is_void_v<Value>) {
+    if constexpr (std::is_void_v<T>) {
       return {};
     } else {
       try {
-        return Result<Value>(InPlace{}, std::move(*value_));
+        return Result<T>(InPlace{}, std::move(*value_));
       } catch (...) {
         return unexpected<BridgeError>(
             {BridgeError::ResponseLost, std::current_exception(), literal("the task threw")});
@@ -746,39 +974,91 @@ class TaskCall final : public Call {
     }
   }
 
+ protected:
+  std::optional<Stored> value_;
+};
+
+/// A call of one kind of Task, which is borrowed from the caller (`Held` is a pointer) or the call's own (`Held` is a
+/// `std::optional`).
+template <class Task, class Held>
+class TaskCall final : public ResultCall<TaskValue<Task>> {
+  using Traits = TaskTraits<Task>;
+
+ public:
+  template <class T>
+  explicit TaskCall(T&& task) : held_(hold(std::forward<T>(task))) {}
+
  private:
-  void start(Ticket ticket) noexcept override {
-    stage_ = Stage::starting;
-    if constexpr (is_awaitable<typename Traits::Begun>) {
-      // Without memory for the coroutines the ticket is dropped on the way, and the stage tells the caller why.
-      const auto executor = ticket.core().get_executor();
-      try {
-        asio::co_spawn(executor, drive(std::move(ticket), *this), asio::detached);
-      } catch (...) {
-      }
+  template <class T>
+  static Held hold(T&& task) {
+    if constexpr (std::is_pointer_v<Held>) {
+      return std::addressof(task);
     } else {
-      stage_ = Stage::running;
-      try {
-        if constexpr (std::is_void_v<Value>) {
-          begin<Task>(task_);
-          value_.emplace();
-        } else {
-          value_.emplace(begin<Task>(task_));
-        }
-      } catch (...) {
-        cause_ = std::current_exception();
-      }
+      return Held(std::forward<T>(task));
     }
   }
 
+  void start(Ticket ticket) noexcept override {
+    this->stage_ = Call::Stage::starting;
+    if constexpr (is_awaitable<typename Traits::Begun>) {
+      // Without memory for the coroutines the ticket is dropped on the way, and the stage tells the caller why.
+      Core& core = ticket.core();
+      try {
+        Finished finished(core);
+        Running& running = finished.running();
+        asio::co_spawn(core.get_executor(), drive(std::move(ticket), *this, running),
+                       asio::bind_cancellation_slot(running.signal.slot(), std::move(finished)));
+      } catch (...) {
+      }
+    } else {
+      this->stage_ = Call::Stage::running;
+      try {
+        if constexpr (std::is_void_v<typename Traits::Value>) {
+          begin<Task>(*held_);
+          this->value_.emplace();
+        } else {
+          this->value_.emplace(begin<Task>(*held_));
+        }
+      } catch (...) {
+        this->cause_ = std::current_exception();
+      }
+      release_task();
+    }
+  }
+
+  void release_task() noexcept override {
+    if constexpr (!std::is_pointer_v<Held>) held_.reset();
+  }
+
+  /// While it lives the task can be cancelled; with it, the task dies.
+  class Cancellable {
+   public:
+    Cancellable(TaskCall& call, Running& running) noexcept : call_(call) {
+      call.running_ = &running;
+      running.call = &call;
+    }
+    Cancellable(const Cancellable&) = delete;
+    Cancellable& operator=(const Cancellable&) = delete;
+    ~Cancellable() {
+      call_.running_->call = nullptr;
+      call_.running_ = nullptr;
+      call_.release_task();
+    }
+
+   private:
+    TaskCall& call_;
+  };
+
   /// Runs the task, and outlives it: a coroutine's parameters are destroyed after its locals, so when `ticket` answers
   /// the caller, the task's own frame is gone.
-  static asio::awaitable<void, typename Traits::Executor> drive([[maybe_unused]] Ticket ticket, TaskCall& self) {
-    self.stage_ = Stage::running;
+  static asio::awaitable<void, typename Traits::Executor> drive([[maybe_unused]] Ticket ticket, TaskCall& self,
+                                                                Running& running) {
+    self.stage_ = Call::Stage::running;
+    const Cancellable cancellable(self, running);
     try {
       // A named local: g++ 12 destroys some temporaries of a co_await expression twice.
-      auto awaitable = begin<Task>(self.task_);
-      if constexpr (std::is_void_v<Value>) {
+      auto awaitable = begin<Task>(*self.held_);
+      if constexpr (std::is_void_v<typename Traits::Value>) {
         co_await std::move(awaitable);
         self.value_.emplace();
       } else {
@@ -789,14 +1069,25 @@ class TaskCall final : public Call {
     }
   }
 
-  std::conditional_t<is_awaitable<Task>, std::remove_reference_t<Task>, Task&&> task_;
-  std::optional<Stored> value_;
+  Held held_;
 };
+
+/// A call whose caller waits for it: it borrows a callable, and takes an awaitable.
+template <class Task>
+using WaitedCall = TaskCall<Task, std::conditional_t<is_awaitable<Task>, std::optional<std::remove_reference_t<Task>>,
+                                                     std::remove_reference_t<Task>*>>;
+
+/// A call that owns its task.
+template <class Task>
+using SubmittedCall = TaskCall<std::decay_t<Task>, std::optional<std::decay_t<Task>>>;
 
 }  // namespace detail
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The bridge
+
+template <class T>
+class JoinHandle;
 
 /// A worker thread with a private `asio::io_context`, and the way to call it.
 ///
@@ -806,7 +1097,7 @@ class TaskCall final : public Call {
 /// *Lifetimes.* I/O objects built on the bridge's executor must be destroyed before the bridge. The bridge may be
 /// destroyed by a task on its own worker: the worker then ends by itself, after that task's current step.
 ///
-/// *fork.* In a child process every call is `WorkerDead`, and destroying the bridge does nothing.
+/// *fork.* In a child process every call is `WorkerDead`, and shutting down or destroying the bridge does nothing.
 class RuntimeBridge {
  public:
   using executor_type = asio::io_context::executor_type;
@@ -857,7 +1148,7 @@ class RuntimeBridge {
       ::new (static_cast<void*>(owner.data())) Owner(std::move(core_));
       return;
     }
-    core_->stop();
+    core_->shut_down(Shutdown::drain, detail::SteadyTime::min(), true);
   }
 
   /// The worker's executor, to build sockets, timers and pools on. The bridge must not be moved from.
@@ -877,11 +1168,15 @@ class RuntimeBridge {
   ///
   /// | what happens                                                 | result                                      |
   /// |--------------------------------------------------------------|---------------------------------------------|
-  /// | the task returns                                             | its value                                   |
+  /// | the task returns, even if it was cancelled                   | its value                                   |
   /// | the task throws                                              | `ResponseLost`, with what it threw as cause |
   /// | the worker is stopped under the task                         | `ResponseLost`, no cause                    |
-  /// | the bridge was moved from, its worker has ended or could not | `WorkerDead`; the task is destroyed unrun   |
-  /// | be started (with the cause), or lives in the parent process  |                                             |
+  /// | the bridge was shut down or moved from, its worker has ended | `WorkerDead`; the task is destroyed unrun   |
+  /// | or lives in the parent process, or could not be started      |                                             |
+  /// | (then with the cause)                                        |                                             |
+  /// | the deadline passes                                          | the task is cancelled and waited for; then  |
+  /// |                                                              | `TimedOut`, with what it threw as cause     |
+  /// | a stop is requested, or `shutdown(Shutdown::cancel)` comes   | the same, `Cancelled`                       |
   /// | called on the bridge's own worker, or in a way that closes a | `WouldDeadlock`; the task is destroyed      |
   /// | ring of bridges that wait for each other                     | unrun                                       |
   ///
@@ -889,24 +1184,165 @@ class RuntimeBridge {
   /// more. So it may hold references to the caller's locals. Throws `std::bad_alloc` if there is no memory to make the
   /// call, which then never was.
   ///
+  /// A stop may be requested by any thread, the task itself included. Cancellation is Asio's: the operation that the
+  /// task waits for ends with `operation_aborted`, and so does every later `co_await`. A task that ignores that is
+  /// waited for. A stop that was requested before the call does not start the task.
+  ///
   /// Not for coroutines, which can `co_await`; not for work that only computes and so holds up all other calls; not for
   /// a task that waits for something that only the blocked caller could do.
   template <class Task>
-  Result<detail::TaskValue<Task>> block_on(Task&& task) const {
+  Result<detail::TaskValue<Task>> block_on(Task&& task, std::stop_token stop = {}) const {
+    return block_on_until(std::forward<Task>(task), detail::SteadyTime::max(), std::move(stop));
+  }
+
+  /// `block_on` with a deadline: this long from now. Durations too long for the clock mean no deadline; with zero or
+  /// less the task is not started.
+  template <class Task, class Rep, class Period>
+  Result<detail::TaskValue<Task>> block_on_for(Task&& task, std::chrono::duration<Rep, Period> timeout,
+                                               std::stop_token stop = {}) const {
+    return block_on_until(std::forward<Task>(task), detail::time_after(timeout), std::move(stop));
+  }
+
+  /// `block_on` with a deadline, by any clock. If it has passed already the task is not started. A clock that is not
+  /// steady and is set forward meanwhile may be noticed a second late.
+  template <class Task, class Clock, class Duration>
+  Result<detail::TaskValue<Task>> block_on_until(Task&& task, std::chrono::time_point<Clock, Duration> deadline,
+                                                 std::stop_token stop = {}) const {
     const std::shared_ptr<detail::Core> core = core_;
-    detail::TaskCall<Task> call(task);
-    if (!core) {
-      return detail::unexpected<BridgeError>(
-          {BridgeError::WorkerDead, nullptr, detail::literal("the bridge was moved from")});
+    detail::WaitedCall<Task> call(std::forward<Task>(task));
+    if (!core) return detail::refuse(BridgeError::WorkerDead, "the bridge was moved from");
+    if (stop.stop_requested()) return detail::refuse(BridgeError::Cancelled, "a stop was requested before the call");
+    if (detail::time_left(deadline) == std::chrono::nanoseconds::zero()) {
+      return detail::refuse(BridgeError::TimedOut, "the deadline had passed before the call");
     }
-    if (auto refusal = core->post(call)) return detail::unexpected<BridgeError>(std::move(*refusal));
-    call.wait();
+    if (auto refusal = core->post(call, true)) return detail::unexpected<BridgeError>(std::move(*refusal));
+
+    const std::stop_callback on_stop(stop, [&]() noexcept { core->cancel(call, BridgeError::Cancelled); });
+    if (!call.wait_until(deadline)) {
+      core->cancel(call, BridgeError::TimedOut);
+      call.wait();
+    }
     return call.result();
+  }
+
+  /// Runs a task on the worker without waiting. What it is given must own its data, for it may outlive the caller.
+  ///
+  /// The task is as for `block_on`, and so is what `JoinHandle::join` returns. Never waits, so it may be called on the
+  /// worker itself. Throws `std::bad_alloc` like `block_on`.
+  template <class Task>
+  JoinHandle<detail::TaskValue<Task>> submit(Task&& task) const;
+
+  /// Admits no more calls, waits for those in flight, and ends the worker. Later calls are `WorkerDead`.
+  ///
+  /// At `limit` the context is stopped and what is left is destroyed, its callers getting `ResponseLost`; false tells
+  /// that this has happened. What waits for something foreign is waited for even then. May be called from any thread,
+  /// again, and at the same time; each call may shorten the limit of the others. I/O objects may be destroyed
+  /// afterwards.
+  ///
+  /// On the worker itself, or where waiting for it would close a ring, it does not wait: the worker ends by itself once
+  /// the last call in flight is over, at once if there is none or `limit` is zero, and the result tells whether there
+  /// is none.
+  template <class Rep = std::chrono::hours::rep, class Period = std::chrono::hours::period>
+  bool shutdown(Shutdown how, std::chrono::duration<Rep, Period> limit = std::chrono::hours::max()) const noexcept {
+    const std::shared_ptr<detail::Core> core = core_;
+    return !core || core->forked() || core->shut_down(how, detail::time_after(limit), false);
   }
 
  private:
   std::shared_ptr<detail::Core> core_;
 };
+
+/// A submitted task, to be waited for. As with `std::jthread`, its destructor requests a stop and waits until the task
+/// is over, unless it was joined or detached.
+///
+/// It may outlive the bridge. One thread at a time may use it, but `request_stop` and `done` may be called by others,
+/// too. On the bridge's own worker, or where waiting would close a ring of bridges that wait for each other, nothing
+/// waits: `join` is `WouldDeadlock`, `wait_for` tells what is, and the destructor detaches.
+template <class T>
+class [[nodiscard]] JoinHandle {
+ public:
+  JoinHandle() noexcept = default;
+  JoinHandle(JoinHandle&&) noexcept = default;
+  JoinHandle& operator=(JoinHandle&& other) noexcept {
+    JoinHandle taken(std::move(other));
+    std::swap(core_, taken.core_);
+    std::swap(call_, taken.call_);
+    return *this;
+  }
+  ~JoinHandle() {
+    if (!call_) return;
+    request_stop();
+    (void)wait_until(detail::SteadyTime::max());
+  }
+
+  /// Whether there is a task to be joined.
+  [[nodiscard]] bool joinable() const noexcept { return call_ != nullptr; }
+
+  /// Waits until the task is over, and gives what `block_on` would. Once: the handle has no task any more, unless the
+  /// result is `WouldDeadlock`. Throws `std::system_error` (`std::errc::invalid_argument`) if it had none.
+  Result<T> join() {
+    if (!call_) {
+      throw std::system_error(std::make_error_code(std::errc::invalid_argument), "runtime_bridge: join without a task");
+    }
+    if (!call_->answered()) {
+      if (core_->forked()) return detail::refuse(BridgeError::WorkerDead, "the worker lives in the parent process");
+      std::shared_ptr<const char> ring;
+      if (!core_->begin_wait(call_.get(), &ring)) {
+        return detail::unexpected<BridgeError>({BridgeError::WouldDeadlock, nullptr, std::move(ring)});
+      }
+      call_->wait();
+    }
+    const auto call = std::move(call_);
+    return call->result();
+  }
+
+  /// Waits until the task is over, but not for longer than this. True if it is over, or if there is none.
+  template <class Rep, class Period>
+  bool wait_for(std::chrono::duration<Rep, Period> timeout) const {
+    return wait_until(detail::time_after(timeout));
+  }
+
+  /// Whether the task is over, or there is none.
+  [[nodiscard]] bool done() const noexcept { return !call_ || call_->answered(); }
+
+  /// Asks for the cancellation of the task, as a stop does for `block_on`. Does not wait.
+  void request_stop() noexcept {
+    if (call_ && core_) core_->cancel(*call_, BridgeError::Cancelled);
+  }
+
+  /// Leaves the task to itself. It goes on, and nobody learns what it comes to.
+  void detach() noexcept { call_.reset(); }
+
+ private:
+  friend class RuntimeBridge;
+
+  JoinHandle(std::shared_ptr<detail::Core> core, std::shared_ptr<detail::ResultCall<T>> call) noexcept
+      : core_(std::move(core)), call_(std::move(call)) {}
+
+  bool wait_until(detail::SteadyTime deadline) const {
+    if (done()) return true;
+    if (core_->forked() || !core_->begin_wait(call_.get())) return false;
+    const bool over = call_->wait_until(deadline);
+    if (!over) core_->end_wait(call_.get());
+    return over;
+  }
+
+  std::shared_ptr<detail::Core> core_;
+  std::shared_ptr<detail::ResultCall<T>> call_;
+};
+
+template <class Task>
+JoinHandle<detail::TaskValue<Task>> RuntimeBridge::submit(Task&& task) const {
+  const std::shared_ptr<detail::Core> core = core_;
+  auto call = std::make_shared<detail::SubmittedCall<Task>>(std::forward<Task>(task));
+  call->keep(call);
+  if (!core) {
+    call->refuse({BridgeError::WorkerDead, nullptr, detail::literal("the bridge was moved from")});
+  } else if (auto refusal = core->post(*call, false)) {
+    call->refuse(std::move(*refusal));
+  }
+  return {core, std::move(call)};
+}
 
 }  // namespace RUNTIME_BRIDGE_ABI
 }  // namespace runtime_bridge

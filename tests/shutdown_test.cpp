@@ -1,312 +1,292 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The end of a bridge: by its destructor, on or off its worker, and by someone who stops its context.
+// shutdown(drain | cancel, limit).
 
 #include <asio/thread_pool.hpp>
 #include <atomic>
 #include <latch>
-#include <memory>
-#include <optional>
 #include <semaphore>
 
 #include "support.hpp"
 
+using runtime_bridge::Shutdown;
+
 namespace {
 
-/// Notes the thread that destroys it.
-class NotesItsEnd {
- public:
-  explicit NotesItsEnd(std::thread::id& where) : where_(where) {}
-  ~NotesItsEnd() { where_ = std::this_thread::get_id(); }
+awaitable<int> hops(int n) {
+  for (int hop = 0; hop < n; ++hop) co_await asio::post(use_awaitable);
+  co_return n;
+}
 
- private:
-  std::thread::id& where_;
-};
+const std::string cancelled = "a stop was requested and the task was cancelled";
 
-/// A thread pool of one, occupied until it is told to go on: something foreign that a task can be parked on.
-class Foreign {
- public:
-  Foreign() {
-    asio::post(pool_, [this] { go_on_.acquire(); });
-  }
-  ~Foreign() {
-    go_on();
-    pool_.join();
-  }
-  void go_on() { go_on_.release(); }
-
-  awaitable<int> visit(int value) {
-    co_await asio::post(pool_, use_awaitable);
-    co_return value;
-  }
-
- private:
-  std::binary_semaphore go_on_{0};
-  asio::thread_pool pool_{1};
-};
+/// A coroutine that ignores cancellation.
+awaitable<void> park_stubbornly() {
+  co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+  auto parked = park();
+  co_await std::move(parked);
+}
 
 }  // namespace
 
-TEST_CASE(
-    "destructor: suspended tasks are destroyed on the worker, without an exception; their callers get ResponseLost") {
-  std::optional<RuntimeBridge> bridge(std::in_place);
-  const auto worker = *bridge->block_on([] { return std::this_thread::get_id(); });
-  std::thread::id ended;
-  bool resumed = false;
-  const auto task = [&]() -> awaitable<void> {
-    const NotesItsEnd local(ended);
+TEST_CASE("shutdown: drain waits for the calls in flight and admits no more") {
+  RuntimeBridge bridge;
+  std::atomic<bool> may_end{false};
+  std::string in_flight, late;
+  const auto waits = [&]() -> awaitable<void> {
+    while (!may_end) co_await asio::post(use_awaitable);
+  };
+  std::jthread caller([&] { in_flight = outcome(bridge.block_on(waits)); });
+  await_calls(bridge, 1);
+  std::atomic<bool> ended{false};
+  bool complete = false;
+  std::jthread shutter([&] {
+    complete = bridge.shutdown(Shutdown::drain);
+    ended = true;
+  });
+  await_state([&] { return (late = outcome(bridge.block_on([] {}))) == worker_dead; });
+  CHECK_FALSE(ended);
+  may_end = true;
+  shutter.join();
+  caller.join();
+  CHECK(complete);
+  CHECK(in_flight == "value");
+  CHECK(bridge.in_flight() == 0);
+  await_workers(0);
+  CHECK(bridge.shutdown(Shutdown::drain));
+  CHECK(bridge.shutdown(Shutdown::cancel, 0s));
+}
+
+TEST_CASE("shutdown: a deadline and a stop still work while it drains") {
+  RuntimeBridge bridge;
+  std::stop_source source;
+  std::string timed, stopped;
+  std::jthread first([&] { timed = outcome(bridge.block_on_for(park(), 30ms)); });
+  std::jthread second([&] { stopped = outcome(bridge.block_on(park(), source.get_token())); });
+  await_state([&] { return bridge.in_flight() == 2; });
+  std::jthread stopper([&] {
+    await_state([&] { return !bridge.block_on([] {}).has_value(); });
+    source.request_stop();
+  });
+  CHECK(bridge.shutdown(Shutdown::drain));
+  first.join();
+  second.join();
+  CHECK(timed.find("the deadline passed") == 0);
+  CHECK(stopped.find(cancelled) == 0);
+}
+
+TEST_CASE("shutdown: cancel cancels what runs and what is queued, and waits") {
+  RuntimeBridge bridge;
+  std::vector<std::string> results(4);
+  std::vector<std::jthread> callers;
+  for (auto& result : results) callers.emplace_back([&] { result = outcome(bridge.block_on(park())); });
+  await_calls(bridge, 4);
+  std::binary_semaphore busy(0);
+  asio::post(bridge.get_executor(), [&] { busy.acquire(); });
+  bool ran = false;
+  auto queued = bridge.submit([&ran] { ran = true; });
+  std::jthread release([&] {
+    await_state([&] { return !bridge.block_on([] {}).has_value(); });
+    busy.release();
+  });
+  CHECK(bridge.shutdown(Shutdown::cancel));
+  callers.clear();
+  for (const auto& result : results) CHECK(result.find(cancelled) == 0);
+  // It was queued before the cancellation, so it may have run before it: that is a race which shutdown does not decide.
+  CHECK(queued.join().has_value() == ran);
+}
+
+TEST_CASE("shutdown: a task that ends with a value although it was cancelled") {
+  RuntimeBridge bridge;
+  auto handle = bridge.submit([]() -> awaitable<int> {
     try {
       co_await park();
-    } catch (...) {
-      resumed = true;
+    } catch (const std::system_error&) {
     }
-    resumed = true;
-  };
-  std::string result;
-  std::jthread caller([&, call = &*bridge] { result = outcome(call->block_on(task)); });
-  await_calls(*bridge, 1);
-  bridge.reset();
-  caller.join();
-  CHECK(result == response_lost);
-  CHECK(ended == worker);
-  CHECK_FALSE(resumed);
+    co_return 8;
+  });
+  await_calls(bridge, 1);
+  CHECK(bridge.shutdown(Shutdown::cancel));
+  CHECK(handle.join() == 8);
 }
 
-TEST_CASE("destructor: a task that never parks ends too") {
-  std::optional<RuntimeBridge> bridge(std::in_place);
-  std::string result;
-  std::jthread caller([&, call = &*bridge] { result = outcome(call->block_on(run_in_circles())); });
-  await_calls(*bridge, 1);
-  bridge.reset();
-  caller.join();
-  CHECK(result == response_lost);
-}
-
-TEST_CASE("destructor: calls that were admitted and not yet started are answered, their tasks unrun") {
-  constexpr int calls = 32;
-  std::optional<RuntimeBridge> bridge(std::in_place);
-  std::binary_semaphore release(0);
-  asio::post(bridge->get_executor(), [&] { release.acquire(); });
-  std::atomic<int> ran{0};
-  std::vector<std::string> results(calls);
-  std::vector<std::jthread> callers;
-  for (auto& result : results) {
-    callers.emplace_back([&, call = &*bridge] { result = outcome(call->block_on([&] { ++ran; })); });
-  }
-  await_state([&] { return bridge->in_flight() == calls; });
-  bridge->get_executor().context().stop();
-  release.release();
-  bridge.reset();
-  callers.clear();
-  CHECK(results == std::vector<std::string>(calls, response_lost));
-  CHECK(ran == 0);
-}
-
-TEST_CASE("destructor: what raw users of the executor left behind is destroyed on the worker") {
-  std::thread::id parked_ended, queued_ended;
-  std::thread::id worker;
-  {
+TEST_CASE("shutdown: at the limit the context is stopped, and false tells") {
+  for (const auto how : {Shutdown::drain, Shutdown::cancel}) {
     RuntimeBridge bridge;
-    worker = *bridge.block_on([] { return std::this_thread::get_id(); });
-    const auto raw = [](std::thread::id& where) -> awaitable<void> {
-      const NotesItsEnd local(where);
-      co_await park();
-    };
-    const auto circles = [](std::thread::id& where) -> awaitable<void> {
-      const NotesItsEnd local(where);
-      co_await run_in_circles();
-    };
-    asio::co_spawn(bridge.get_executor(), raw(parked_ended), asio::detached);
-    asio::co_spawn(bridge.get_executor(), circles(queued_ended), asio::detached);
-    CHECK(bridge.block_on([] { return 1; }) == 1);
+    auto parked = bridge.submit(park_stubbornly());
+    await_calls(bridge, 1);
+    CHECK_FALSE(bridge.shutdown(how, 10ms));
+    CHECK(parked.done());
+    CHECK(bridge.in_flight() == 0);
+    const auto result = parked.join();
+    REQUIRE_FALSE(result.has_value());
+    if (how == Shutdown::drain) CHECK(outcome(result) == response_lost);
+    CHECK_FALSE(bridge.shutdown(Shutdown::drain));  // still true of this bridge
   }
-  CHECK(parked_ended == worker);
-  CHECK(queued_ended != std::thread::id());
 }
 
-TEST_CASE("destructor: on the worker, in a task") {
-  const auto threads = threads_of_this_process();
-  for (int round = 0; round < 50; ++round) {
-    auto bridge = std::make_shared<RuntimeBridge>();
-    std::string result;
-    std::jthread caller([&result, owner = std::move(bridge)]() mutable {
-      RuntimeBridge& same = *owner;
-      // The task holds the last reference, and goes on after it has let go.
-      const auto task = [&owner]() -> awaitable<int> {
-        co_await asio::post(use_awaitable);
-        owner.reset();
-        co_return 5;
-      };
-      result = outcome(same.block_on(task));
-    });
-    caller.join();
-    REQUIRE(result == "value");
-  }
-  await_state([&] { return threads_of_this_process() == threads; });
-}
-
-TEST_CASE("destructor: on the worker, in a task that parks afterwards") {
-  auto owner = std::make_unique<RuntimeBridge>();
-  const auto task = [&owner]() -> awaitable<int> {
-    owner.reset();
-    co_await park();
-    co_return 5;
-  };
-  CHECK(outcome(owner->block_on(task)) == response_lost);
-}
-
-TEST_CASE("destructor: on the worker, in a raw handler") {
-  const auto threads = threads_of_this_process();
-  auto owner = std::make_unique<RuntimeBridge>();
-  std::latch done(1);
-  asio::post(owner->get_executor(), [&] {
-    owner.reset();
-    done.count_down();
+TEST_CASE("shutdown: the limit does not cut off what waits for something foreign") {
+  asio::thread_pool pool(1);
+  std::binary_semaphore go_on(0);
+  asio::post(pool, [&] { go_on.acquire(); });
+  RuntimeBridge bridge;
+  auto visitor = bridge.submit([&]() -> awaitable<int> {
+    co_await asio::post(pool, use_awaitable);
+    co_return 6;
   });
-  done.wait();
-  await_state([&] { return threads_of_this_process() == threads; });
-}
-
-TEST_CASE("destructor: waits for a task that is parked on something foreign, and gives its value") {
-  std::optional<RuntimeBridge> bridge(std::in_place);
-  Foreign foreign;
-  std::string result, destroyed;
-  std::jthread caller([&, call = &*bridge] { result = outcome(call->block_on(foreign.visit(3))); });
-  std::jthread parked([&, call = &*bridge] { destroyed = outcome(call->block_on(park())); });
-  await_calls(*bridge, 2);
-  std::atomic<bool> gone{false};
-  std::jthread destroyer([&] {
-    bridge.reset();
-    gone = true;
+  auto parked = bridge.submit(park_stubbornly());
+  await_calls(bridge, 2);
+  std::atomic<bool> ended{false};
+  bool complete = true;
+  std::jthread shutter([&] {
+    complete = bridge.shutdown(Shutdown::drain, 1ms);
+    ended = true;
   });
-  parked.join();  // so the hard stop has happened
-  CHECK(destroyed == response_lost);
-  CHECK_FALSE(gone);
-  foreign.go_on();
-  destroyer.join();
-  caller.join();
-  CHECK(result == "value");
-}
-
-TEST_CASE("destructor: a task that comes back from something foreign and then parks is destroyed") {
-  std::optional<RuntimeBridge> bridge(std::in_place);
-  Foreign foreign;
-  std::thread::id ended;
-  const auto worker = *bridge->block_on([] { return std::this_thread::get_id(); });
-  const auto task = [&]() -> awaitable<int> {
-    const NotesItsEnd local(ended);
-    auto visit = foreign.visit(1);
-    const int value = co_await std::move(visit);
-    co_await run_in_circles();
-    co_return value;
-  };
-  std::string result;
-  std::jthread caller([&, call = &*bridge] { result = outcome(call->block_on(task)); });
-  await_calls(*bridge, 1);
-  std::jthread destroyer([&] { bridge.reset(); });
-  foreign.go_on();
-  destroyer.join();
-  caller.join();
-  CHECK(result == response_lost);
-  CHECK(ended == worker);
-}
-
-// Race: pool threads hand tasks back to the context while the worker destroys what is parked on it.
-TEST_CASE("destructor: against foreign completions") {
-  asio::thread_pool pool(2);
-  for (int round = 0; round < 300; ++round) {
-    constexpr int calls = 4;
-    std::optional<RuntimeBridge> bridge(std::in_place);
-    std::latch started(calls);
-    std::vector<std::string> results(calls);
-    std::vector<std::jthread> callers;
-    for (auto& result : results) {
-      callers.emplace_back([&, call = &*bridge] {
-        const auto task = [&]() -> awaitable<void> {
-          started.count_down();
-          for (int hop = 0; hop < 100; ++hop) co_await asio::post(pool, use_awaitable);
-        };
-        result = outcome(call->block_on(task));
-      });
-    }
-    started.wait();
-    bridge.reset();
-    callers.clear();
-    for (const auto& result : results) REQUIRE((result == "value" || result == response_lost));
-  }
+  CHECK(parked.wait_for(1h));  // the hard stop has happened
+  CHECK_FALSE(ended);
+  go_on.release();
+  shutter.join();
+  CHECK_FALSE(complete);
+  CHECK(visitor.join() == 6);
   pool.join();
 }
 
-// Race: tasks complete while the bridge is destroyed.
-TEST_CASE("destructor: against completion") {
-  for (int round = 0; round < 500; ++round) {
-    constexpr int calls = 3;
-    std::optional<RuntimeBridge> bridge(std::in_place);
-    std::latch started(calls);
-    std::vector<std::string> results(calls);
-    std::vector<std::jthread> callers;
-    for (int i = 0; i < calls; ++i) {
-      callers.emplace_back([&, i, call = &*bridge] {
-        const auto task = [&, i]() -> awaitable<void> {
-          started.count_down();
-          for (int hop = 0; hop < i * 3; ++hop) co_await asio::post(use_awaitable);
-        };
-        results[static_cast<std::size_t>(i)] = outcome(call->block_on(task));
-      });
-    }
-    started.wait();
-    bridge.reset();
-    callers.clear();
-    for (const auto& result : results) REQUIRE((result == "value" || result == response_lost));
+TEST_CASE("shutdown: I/O objects may be destroyed afterwards, and used without effect") {
+  RuntimeBridge bridge;
+  auto timer = std::make_unique<asio::steady_timer>(bridge.get_executor(), 24h);
+  timer->async_wait([](const std::error_code&) {});
+  unwrap(bridge.block_on([] {}));
+  CHECK(bridge.shutdown(Shutdown::drain));  // a raw wait is no call, and does not hold it up
+  timer->cancel();
+  asio::post(bridge.get_executor(), [] { std::terminate(); });
+  timer.reset();
+}
+
+TEST_CASE("shutdown: a lazy bridge that was never called, and one that was moved from") {
+  Options options;
+  options.start = Start::lazy;
+  RuntimeBridge bridge(options);
+  CHECK(bridge.shutdown(Shutdown::drain));
+  CHECK(outcome(bridge.block_on([] {})) == worker_dead);
+  RuntimeBridge moved;
+  const RuntimeBridge heir = std::move(moved);
+  CHECK(moved.shutdown(Shutdown::cancel));  // NOLINT(bugprone-use-after-move)
+}
+
+TEST_CASE("shutdown: on the worker it does not wait, and the worker ends after the last call") {
+  for (const auto how : {Shutdown::drain, Shutdown::cancel}) {
+    RuntimeBridge bridge;
+    bool complete = true;
+    std::string nested;
+    auto neighbour = bridge.submit(hops(20));
+    const auto task = [&]() -> awaitable<int> {
+      complete = bridge.shutdown(how);
+      nested = outcome(bridge.submit([] {}).join());
+      co_return 5;
+    };
+    CHECK(bridge.block_on(task) == 5);
+    CHECK_FALSE(complete);
+    CHECK(nested == worker_dead);
+    const auto result = neighbour.join();
+    if (how == Shutdown::drain) CHECK(result == 20);
+    CHECK(bridge.shutdown(Shutdown::drain));
   }
 }
 
-// Race: admission, stray exceptions and context().stop(). No caller may be left waiting.
-TEST_CASE("context().stop(): against admission and stray exceptions") {
-  for (int round = 0; round < 500; ++round) {
+TEST_CASE("shutdown: on the worker, without a limit to wait for and without calls") {
+  RuntimeBridge bridge;
+  auto parked = bridge.submit(park_stubbornly());
+  await_calls(bridge, 1);
+  asio::post(bridge.get_executor(), [&] { bridge.shutdown(Shutdown::drain, 0s); });
+  CHECK(outcome(parked.join()) == response_lost);
+
+  RuntimeBridge idle;
+  std::atomic<int> complete{-1};
+  asio::post(idle.get_executor(), [&] { complete = idle.shutdown(Shutdown::drain); });
+  await_state([&] { return complete != -1; });
+  CHECK(complete == 1);
+  CHECK(idle.shutdown(Shutdown::drain));
+}
+
+TEST_CASE("shutdown: from the worker of a bridge that this one's worker waits for") {
+  RuntimeBridge a = RuntimeBridge::with_thread_name("A"), b = RuntimeBridge::with_thread_name("B");
+  bool complete = true;
+  CHECK(a.block_on([&] { return *b.block_on([&] { return (complete = a.shutdown(Shutdown::drain)), 4; }); }) == 4);
+  CHECK_FALSE(complete);
+  CHECK(a.shutdown(Shutdown::drain));
+  CHECK(b.block_on([&] { return b.in_flight(); }) == 1u);
+}
+
+TEST_CASE("shutdown: a bridge whose task shuts another one down waits for it") {
+  RuntimeBridge a, b;
+  CHECK(a.block_on([&] { return b.shutdown(Shutdown::drain); }) == true);
+  CHECK(outcome(b.block_on([] {})) == worker_dead);
+}
+
+TEST_CASE("shutdown: in a forked child it does nothing") {
+  RuntimeBridge bridge;
+  CHECK(in_child_process([&] { return bridge.shutdown(Shutdown::cancel) ? 0 : 1; }) == 0);
+  CHECK(bridge.block_on([] { return 1; }) == 1);
+}
+
+// Race: calls are admitted while two threads shut the bridge down, in two ways.
+TEST_CASE("shutdown: against admission, and against another shutdown") {
+  for (int round = 0; round < 1'000; ++round) {
     RuntimeBridge bridge;
-    std::atomic<int> unexpected{0};
-    std::atomic<int> calls{0};
+    std::latch go(4);
+    std::atomic<int> wrong{0};
     {
-      std::vector<std::jthread> callers;
-      for (int i = 0; i < 3; ++i) {
-        callers.emplace_back([&, i] {
+      std::vector<std::jthread> threads;
+      for (int i = 0; i < 2; ++i) {
+        threads.emplace_back([&] {
+          go.arrive_and_wait();
           for (;;) {
-            const std::string result = i ? outcome(bridge.block_on([] { return asio::post(use_awaitable); }))
-                                         : outcome(bridge.block_on([] { return 1; }));
-            ++calls;
+            const std::string result = outcome(bridge.block_on([] { return hops(2); }));
             if (result == worker_dead) return;
-            if (result != "value" && result != response_lost) ++unexpected;
+            if (result != "value" && result.find(cancelled) != 0 && result != response_lost) ++wrong;
           }
         });
       }
-      await_state([&] { return calls >= round % 20; });
-      asio::post(bridge.get_executor(), [] { throw 1; });
-      bridge.get_executor().context().stop();
+      threads.emplace_back([&] {
+        go.arrive_and_wait();
+        if (!bridge.shutdown(Shutdown::drain) && round % 2) ++wrong;
+      });
+      go.arrive_and_wait();
+      const bool complete = round % 2 ? bridge.shutdown(Shutdown::cancel) : bridge.shutdown(Shutdown::cancel, 0s);
+      if (round % 2 && !complete) ++wrong;
     }
-    REQUIRE(unexpected == 0);
+    REQUIRE(wrong == 0);
     REQUIRE(bridge.in_flight() == 0);
   }
 }
 
-TEST_CASE("context().stop(): I/O objects may be destroyed afterwards") {
-  RuntimeBridge bridge;
-  asio::steady_timer timer(bridge.get_executor(), 24h);
-  std::string result;
-  std::jthread caller([&] { result = outcome(bridge.block_on(timer.async_wait(asio::deferred))); });
-  await_calls(bridge, 1);
-  bridge.get_executor().context().stop();
-  caller.join();
-  CHECK(result == response_lost);
-}
-
-TEST_CASE("destructor: everything is given back") {
-  const auto threads = threads_of_this_process();
-  const auto descriptors = descriptors_of_this_process();
-  for (int i = 0; i < 20; ++i) {
+// Race: shutdown(cancel) while tasks complete, stop by themselves and time out.
+TEST_CASE("shutdown: cancel against completion, stops and deadlines") {
+  for (int round = 0; round < 300; ++round) {
     RuntimeBridge bridge;
-    unwrap(bridge.block_on([]() -> awaitable<void> { co_await asio::post(use_awaitable); }));
+    std::stop_source source;
+    std::latch go(4);
+    std::vector<std::string> results(3);
+    {
+      std::vector<std::jthread> threads;
+      threads.emplace_back([&] {
+        go.arrive_and_wait();
+        results[0] = outcome(bridge.block_on([&] { return hops(round % 10); }));
+      });
+      threads.emplace_back([&] {
+        go.arrive_and_wait();
+        results[1] = outcome(bridge.block_on_for(park(), 30us));
+      });
+      threads.emplace_back([&] {
+        go.arrive_and_wait();
+        results[2] = outcome(bridge.block_on(park(), source.get_token()));
+      });
+      go.arrive_and_wait();
+      source.request_stop();
+      CHECK(bridge.shutdown(Shutdown::cancel));
+    }
+    REQUIRE(results[1] != "value");
+    REQUIRE(results[2] != "value");
+    REQUIRE(bridge.in_flight() == 0);
   }
-  CHECK(threads_of_this_process() == threads);
-  CHECK(descriptors_of_this_process() == descriptors);
 }

@@ -25,11 +25,13 @@ using experimental::deferred;
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <asio/detached.hpp>
 #include <asio/steady_timer.hpp>
 #include <chrono>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
+#include <fstream>
 #include <iterator>
 #include <runtime_bridge.hpp>
 #include <string>
@@ -100,12 +102,26 @@ inline const std::string worker_dead = "the worker is gone";
 inline const std::string response_lost = "the task ended without a value";
 inline const std::string would_deadlock = "the call would wait for itself";
 
-inline std::size_t entries(const char* folder) {
-  const std::filesystem::directory_iterator begin(folder);
+/// How many threads of this process bear the name that workers have by default. A thread names itself when it starts
+/// and is listed for a moment after it was joined, so wait for the number: `await_workers`.
+inline std::size_t workers_of_this_process() {
+  std::size_t workers = 0;
+  std::error_code gone;  // threads that end while they are listed
+  for (const auto& task : std::filesystem::directory_iterator("/proc/self/task", gone)) {
+    std::string name;
+    std::getline(std::ifstream(task.path() / "comm") >> std::ws, name);
+    if (name == Options().thread_name) ++workers;
+  }
+  return workers;
+}
+inline void await_workers(std::size_t number) {
+  await_state([&] { return workers_of_this_process() == number; });
+}
+
+inline std::size_t descriptors_of_this_process() {
+  const std::filesystem::directory_iterator begin("/proc/self/fd");
   return static_cast<std::size_t>(std::distance(begin, std::filesystem::directory_iterator()));
 }
-inline std::size_t threads_of_this_process() { return entries("/proc/self/task"); }
-inline std::size_t descriptors_of_this_process() { return entries("/proc/self/fd"); }
 
 /// Runs `body` in a child process and gives its exit code; -1 for a signal, which is what a hang ends with.
 template <class Body>

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Deadlines: block_on_for and block_on_until.
+
+#include <pthread.h>
+
+#include <asio/thread_pool.hpp>
+#include <atomic>
+#include <csignal>
+#include <limits>
+#include <stdexcept>
+
+#include "support.hpp"
+
+namespace {
+
+using std::chrono::steady_clock;
+using std::chrono::system_clock;
+
+awaitable<int> seven() {
+  co_await asio::post(use_awaitable);
+  co_return 7;
+}
+
+/// Parks, and answers a cancellation with a value.
+awaitable<int> value_in_spite_of_all() {
+  try {
+    co_await park();
+  } catch (const std::system_error&) {
+  }
+  co_return 9;
+}
+
+awaitable<int> own_failure_when_cancelled() {
+  bool cancelled = false;
+  try {
+    co_await park();
+  } catch (const std::system_error&) {
+    cancelled = true;
+  }
+  if (cancelled) throw std::runtime_error("rolled back");
+  co_return 0;
+}
+
+/// A clock that its test sets.
+struct SettableClock {
+  using duration = std::chrono::milliseconds;
+  using rep = duration::rep;
+  using period = duration::period;
+  using time_point = std::chrono::time_point<SettableClock>;
+  static constexpr bool is_steady = false;
+  static inline std::atomic<rep> milliseconds{0};
+  static time_point now() { return time_point(duration(milliseconds.load())); }
+};
+
+}  // namespace
+
+TEST_CASE("deadline: a task that ends in time") {
+  RuntimeBridge bridge;
+  CHECK(bridge.block_on_for(seven(), 1h) == 7);
+  CHECK(bridge.block_on_until([] { return seven(); }, steady_clock::now() + 1h) == 7);
+  CHECK(bridge.block_on_until([] { return 3; }, system_clock::now() + 1h) == 3);
+}
+
+TEST_CASE("deadline: the task is cancelled and waited for, and what it threw is the cause") {
+  RuntimeBridge bridge;
+  bool gone = false;
+  struct SetsFlag {
+    bool& flag;
+    ~SetsFlag() { flag = true; }
+  };
+  const auto task = [&]() -> awaitable<void> {
+    const SetsFlag local{gone};
+    co_await park();
+  };
+  const auto start = steady_clock::now();
+  const auto result = bridge.block_on_for(task, 20ms);
+  CHECK(gone);
+  CHECK(steady_clock::now() - start >= 20ms);
+  REQUIRE_FALSE(result.has_value());
+  CHECK(result.error() == BridgeError::TimedOut);
+  try {
+    std::rethrow_exception(result.error().cause());
+  } catch (const std::system_error& e) {
+    CHECK(e.code() == asio::error::operation_aborted);
+  }
+  CHECK(result.error().message().find("runtime_bridge: the deadline passed and the task was cancelled: ") == 0);
+  CHECK(bridge.in_flight() == 0);
+  CHECK(bridge.block_on(seven()) == 7);
+
+  const auto own = bridge.block_on_until(own_failure_when_cancelled(), system_clock::now() + 5ms);
+  REQUIRE_FALSE(own.has_value());
+  CHECK(own.error() == BridgeError::TimedOut);
+  CHECK(what(own.error().cause()) == "rolled back");
+}
+
+TEST_CASE("deadline: a task that ends with a value although it was cancelled") {
+  RuntimeBridge bridge;
+  CHECK(bridge.block_on_for(value_in_spite_of_all(), 5ms) == 9);
+}
+
+TEST_CASE("deadline: a task that ignores cancellation is waited for") {
+  RuntimeBridge bridge;
+  bool ignores = false;
+  bool may_end = false;
+  std::atomic<bool> returned{false};
+  Result<int> result = 0;
+  const auto stubborn = [&]() -> awaitable<int> {
+    co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+    ignores = true;
+    while (!may_end) co_await asio::post(use_awaitable);
+    co_return 5;
+  };
+  SettableClock::milliseconds = 0;
+  std::jthread caller([&] {
+    result = bridge.block_on_until(stubborn, SettableClock::time_point(1h));
+    returned = true;
+  });
+  await_state([&] { return bridge.block_on([&] { return ignores; }) == true; });
+  SettableClock::milliseconds = std::chrono::milliseconds(2h).count();
+  std::this_thread::sleep_for(1500ms);  // the caller looks at that clock once a second
+  CHECK_FALSE(returned);
+  unwrap(bridge.block_on([&] { may_end = true; }));
+  caller.join();
+  CHECK(result == 5);
+}
+
+TEST_CASE("deadline: one that has passed does not start the task") {
+  RuntimeBridge bridge;
+  bool ran = false;
+  const auto task = [&ran] { ran = true; };
+  const auto check = [&](const Result<void>& result) {
+    REQUIRE_FALSE(result.has_value());
+    CHECK(result.error() == BridgeError::TimedOut);
+    CHECK_FALSE(result.error().cause());
+    CHECK(result.error().message() == "runtime_bridge: the deadline had passed before the call");
+  };
+  check(bridge.block_on_for(task, 0s));
+  check(bridge.block_on_for(task, -1ns));
+  check(bridge.block_on_for(task, std::chrono::hours::min()));
+  check(bridge.block_on_for(task, std::chrono::duration<double>(-std::numeric_limits<double>::infinity())));
+  check(bridge.block_on_for(task, std::chrono::duration<double>(std::numeric_limits<double>::quiet_NaN())));
+  check(bridge.block_on_until(task, steady_clock::now()));
+  check(bridge.block_on_until(task, steady_clock::time_point::min()));
+  check(bridge.block_on_until(task, system_clock::time_point::min()));
+  check(bridge.block_on_until(task, std::chrono::time_point<system_clock, std::chrono::hours>::min()));
+  CHECK_FALSE(ran);
+  CHECK(bridge.in_flight() == 0);
+}
+
+TEST_CASE("deadline: one that is further off than any clock can tell is none") {
+  RuntimeBridge bridge;
+  CHECK(bridge.block_on_for(seven(), std::chrono::hours::max()) == 7);
+  CHECK(bridge.block_on_for(seven(), std::chrono::nanoseconds::max()) == 7);
+  CHECK(bridge.block_on_for(seven(), std::chrono::duration<double>(std::numeric_limits<double>::infinity())) == 7);
+  CHECK(bridge.block_on_for(seven(), std::chrono::duration<float, std::ratio<31'556'952>>(1e30F)) == 7);
+  CHECK(bridge.block_on_until(seven(), steady_clock::time_point::max()) == 7);
+  CHECK(bridge.block_on_until(seven(), system_clock::time_point::max()) == 7);
+  CHECK(bridge.block_on_until(seven(), std::chrono::time_point<system_clock, std::chrono::hours>::max()) == 7);
+}
+
+TEST_CASE("deadline: a clock that is set") {
+  RuntimeBridge bridge;
+  SettableClock::milliseconds = 0;
+  std::string result;
+  std::jthread caller([&] { result = outcome(bridge.block_on_until(park(), SettableClock::time_point(1h))); });
+  await_calls(bridge, 1);
+  SettableClock::milliseconds = std::chrono::milliseconds(2h).count();
+  caller.join();
+  CHECK(result.find("the deadline passed") == 0);
+}
+
+TEST_CASE("deadline: signals do not end a wait early") {
+  struct sigaction ignore {};
+  struct sigaction before {};
+  ignore.sa_handler = [](int) {};  // and no SA_RESTART: system calls are interrupted
+  sigaction(SIGUSR1, &ignore, &before);
+  RuntimeBridge bridge;
+  std::atomic<bool> done{false};
+  Result<void> result;
+  const auto start = steady_clock::now();
+  std::thread caller([&] {
+    result = bridge.block_on_for(park(), 50ms);
+    done = true;
+  });
+  while (!done) {
+    pthread_kill(caller.native_handle(), SIGUSR1);
+    std::this_thread::yield();
+  }
+  caller.join();
+  sigaction(SIGUSR1, &before, nullptr);
+  CHECK(steady_clock::now() - start >= 50ms);
+  REQUIRE_FALSE(result.has_value());
+  CHECK(result.error() == BridgeError::TimedOut);
+}
+
+// Race: the deadline passes while the task completes.
+TEST_CASE("deadline: against completion") {
+  RuntimeBridge bridge;
+  int values = 0;
+  int timeouts = 0;
+  for (int round = 0; round < 5'000; ++round) {
+    int local = 0;
+    const auto task = [&]() -> awaitable<int> {
+      for (int hop = 0; hop < round % 16; ++hop) co_await asio::post(use_awaitable);
+      co_return ++local;
+    };
+    const auto result = bridge.block_on_for(task, std::chrono::microseconds(round % 50 + 1));
+    if (result.has_value()) {
+      ++values;
+    } else if (result.error() == BridgeError::TimedOut) {
+      ++timeouts;
+    }
+  }
+  CHECK(values + timeouts == 5'000);
+  CHECK(bridge.in_flight() == 0);
+}

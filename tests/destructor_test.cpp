@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The end of a bridge by its destructor, on or off its worker, and by someone who stops its context.
+
+#include <asio/thread_pool.hpp>
+#include <atomic>
+#include <latch>
+#include <memory>
+#include <optional>
+#include <semaphore>
+
+#include "support.hpp"
+
+namespace {
+
+/// Notes the thread that destroys it.
+class NotesItsEnd {
+ public:
+  explicit NotesItsEnd(std::thread::id& where) : where_(where) {}
+  ~NotesItsEnd() { where_ = std::this_thread::get_id(); }
+
+ private:
+  std::thread::id& where_;
+};
+
+/// A thread pool of one, occupied until it is told to go on: something foreign that a task can be parked on.
+class Foreign {
+ public:
+  Foreign() {
+    asio::post(pool_, [this] { go_on_.acquire(); });
+  }
+  ~Foreign() {
+    go_on();
+    pool_.join();
+  }
+  void go_on() { go_on_.release(); }
+
+  awaitable<int> visit(int value) {
+    co_await asio::post(pool_, use_awaitable);
+    co_return value;
+  }
+
+ private:
+  std::binary_semaphore go_on_{0};
+  asio::thread_pool pool_{1};
+};
+
+}  // namespace
+
+TEST_CASE(
+    "destructor: suspended tasks are destroyed on the worker, without an exception; their callers get ResponseLost") {
+  std::optional<RuntimeBridge> bridge(std::in_place);
+  const auto worker = *bridge->block_on([] { return std::this_thread::get_id(); });
+  std::thread::id ended;
+  bool resumed = false;
+  const auto task = [&]() -> awaitable<void> {
+    const NotesItsEnd local(ended);
+    try {
+      co_await park();
+    } catch (...) {
+      resumed = true;
+    }
+    resumed = true;
+  };
+  std::string result;
+  std::jthread caller([&, call = &*bridge] { result = outcome(call->block_on(task)); });
+  await_calls(*bridge, 1);
+  bridge.reset();
+  caller.join();
+  CHECK(result == response_lost);
+  CHECK(ended == worker);
+  CHECK_FALSE(resumed);
+}
+
+TEST_CASE("destructor: a task that never parks ends too") {
+  std::optional<RuntimeBridge> bridge(std::in_place);
+  std::string result;
+  std::jthread caller([&, call = &*bridge] { result = outcome(call->block_on(run_in_circles())); });
+  await_calls(*bridge, 1);
+  bridge.reset();
+  caller.join();
+  CHECK(result == response_lost);
+}
+
+TEST_CASE("destructor: calls that were admitted and not yet started are answered, their tasks unrun") {
+  constexpr int calls = 32;
+  std::optional<RuntimeBridge> bridge(std::in_place);
+  std::binary_semaphore release(0);
+  asio::post(bridge->get_executor(), [&] { release.acquire(); });
+  std::atomic<int> ran{0};
+  std::vector<std::string> results(calls);
+  std::vector<std::jthread> callers;
+  for (auto& result : results) {
+    callers.emplace_back([&, call = &*bridge] { result = outcome(call->block_on([&] { ++ran; })); });
+  }
+  await_state([&] { return bridge->in_flight() == calls; });
+  bridge->get_executor().context().stop();
+  release.release();
+  bridge.reset();
+  callers.clear();
+  CHECK(results == std::vector<std::string>(calls, response_lost));
+  CHECK(ran == 0);
+}
+
+TEST_CASE("destructor: what raw users of the executor left behind is destroyed on the worker") {
+  std::thread::id parked_ended, queued_ended;
+  std::thread::id worker;
+  {
+    RuntimeBridge bridge;
+    worker = *bridge.block_on([] { return std::this_thread::get_id(); });
+    const auto raw = [](std::thread::id& where) -> awaitable<void> {
+      const NotesItsEnd local(where);
+      co_await park();
+    };
+    const auto circles = [](std::thread::id& where) -> awaitable<void> {
+      const NotesItsEnd local(where);
+      co_await run_in_circles();
+    };
+    asio::co_spawn(bridge.get_executor(), raw(parked_ended), asio::detached);
+    asio::co_spawn(bridge.get_executor(), circles(queued_ended), asio::detached);
+    CHECK(bridge.block_on([] { return 1; }) == 1);
+  }
+  CHECK(parked_ended == worker);
+  CHECK(queued_ended != std::thread::id());
+}
+
+TEST_CASE("destructor: on the worker, in a task") {
+  for (int round = 0; round < 50; ++round) {
+    auto bridge = std::make_shared<RuntimeBridge>();
+    std::string result;
+    std::jthread caller([&result, owner = std::move(bridge)]() mutable {
+      RuntimeBridge& same = *owner;
+      // The task holds the last reference, and goes on after it has let go.
+      const auto task = [&owner]() -> awaitable<int> {
+        co_await asio::post(use_awaitable);
+        owner.reset();
+        co_return 5;
+      };
+      result = outcome(same.block_on(task));
+    });
+    caller.join();
+    REQUIRE(result == "value");
+  }
+  await_workers(0);
+}
+
+TEST_CASE("destructor: on the worker, in a task that parks afterwards") {
+  auto owner = std::make_unique<RuntimeBridge>();
+  const auto task = [&owner]() -> awaitable<int> {
+    owner.reset();
+    co_await park();
+    co_return 5;
+  };
+  CHECK(outcome(owner->block_on(task)) == response_lost);
+}
+
+TEST_CASE("destructor: on the worker, in a raw handler") {
+  auto owner = std::make_unique<RuntimeBridge>();
+  std::latch done(1);
+  asio::post(owner->get_executor(), [&] {
+    owner.reset();
+    done.count_down();
+  });
+  done.wait();
+  await_workers(0);
+}
+
+TEST_CASE("destructor: waits for a task that is parked on something foreign, and gives its value") {
+  std::optional<RuntimeBridge> bridge(std::in_place);
+  Foreign foreign;
+  std::string result, destroyed;
+  std::jthread caller([&, call = &*bridge] { result = outcome(call->block_on(foreign.visit(3))); });
+  std::jthread parked([&, call = &*bridge] { destroyed = outcome(call->block_on(park())); });
+  await_calls(*bridge, 2);
+  std::atomic<bool> gone{false};
+  std::jthread destroyer([&] {
+    bridge.reset();
+    gone = true;
+  });
+  parked.join();  // so the hard stop has happened
+  CHECK(destroyed == response_lost);
+  CHECK_FALSE(gone);
+  foreign.go_on();
+  destroyer.join();
+  caller.join();
+  CHECK(result == "value");
+}
+
+TEST_CASE("destructor: a task that comes back from something foreign and then parks is destroyed") {
+  std::optional<RuntimeBridge> bridge(std::in_place);
+  Foreign foreign;
+  std::thread::id ended;
+  const auto worker = *bridge->block_on([] { return std::this_thread::get_id(); });
+  const auto task = [&]() -> awaitable<int> {
+    const NotesItsEnd local(ended);
+    auto visit = foreign.visit(1);
+    const int value = co_await std::move(visit);
+    co_await run_in_circles();
+    co_return value;
+  };
+  std::string result;
+  std::jthread caller([&, call = &*bridge] { result = outcome(call->block_on(task)); });
+  await_calls(*bridge, 1);
+  std::jthread destroyer([&] { bridge.reset(); });
+  foreign.go_on();
+  destroyer.join();
+  caller.join();
+  CHECK(result == response_lost);
+  CHECK(ended == worker);
+}
+
+// Race: pool threads hand tasks back to the context while the worker destroys what is parked on it.
+TEST_CASE("destructor: against foreign completions") {
+  asio::thread_pool pool(2);
+  for (int round = 0; round < 300; ++round) {
+    constexpr int calls = 4;
+    std::optional<RuntimeBridge> bridge(std::in_place);
+    std::latch started(calls);
+    std::vector<std::string> results(calls);
+    std::vector<std::jthread> callers;
+    for (auto& result : results) {
+      callers.emplace_back([&, call = &*bridge] {
+        const auto task = [&]() -> awaitable<void> {
+          started.count_down();
+          for (int hop = 0; hop < 100; ++hop) co_await asio::post(pool, use_awaitable);
+        };
+        result = outcome(call->block_on(task));
+      });
+    }
+    started.wait();
+    bridge.reset();
+    callers.clear();
+    for (const auto& result : results) REQUIRE((result == "value" || result == response_lost));
+  }
+  pool.join();
+}
+
+// Race: tasks complete while the bridge is destroyed.
+TEST_CASE("destructor: against completion") {
+  for (int round = 0; round < 500; ++round) {
+    constexpr int calls = 3;
+    std::optional<RuntimeBridge> bridge(std::in_place);
+    std::latch started(calls);
+    std::vector<std::string> results(calls);
+    std::vector<std::jthread> callers;
+    for (int i = 0; i < calls; ++i) {
+      callers.emplace_back([&, i, call = &*bridge] {
+        const auto task = [&, i]() -> awaitable<void> {
+          started.count_down();
+          for (int hop = 0; hop < i * 3; ++hop) co_await asio::post(use_awaitable);
+        };
+        results[static_cast<std::size_t>(i)] = outcome(call->block_on(task));
+      });
+    }
+    started.wait();
+    bridge.reset();
+    callers.clear();
+    for (const auto& result : results) REQUIRE((result == "value" || result == response_lost));
+  }
+}
+
+// Race: admission, stray exceptions and context().stop(). No caller may be left waiting.
+TEST_CASE("context().stop(): against admission and stray exceptions") {
+  for (int round = 0; round < 500; ++round) {
+    RuntimeBridge bridge;
+    std::atomic<int> unexpected{0};
+    std::atomic<int> calls{0};
+    {
+      std::vector<std::jthread> callers;
+      for (int i = 0; i < 3; ++i) {
+        callers.emplace_back([&, i] {
+          for (;;) {
+            const std::string result = i ? outcome(bridge.block_on([] { return asio::post(use_awaitable); }))
+                                         : outcome(bridge.block_on([] { return 1; }));
+            ++calls;
+            if (result == worker_dead) return;
+            if (result != "value" && result != response_lost) ++unexpected;
+          }
+        });
+      }
+      await_state([&] { return calls >= round % 20; });
+      asio::post(bridge.get_executor(), [] { throw 1; });
+      bridge.get_executor().context().stop();
+    }
+    REQUIRE(unexpected == 0);
+    REQUIRE(bridge.in_flight() == 0);
+  }
+}
+
+TEST_CASE("context().stop(): I/O objects may be destroyed afterwards") {
+  RuntimeBridge bridge;
+  asio::steady_timer timer(bridge.get_executor(), 24h);
+  std::string result;
+  std::jthread caller([&] { result = outcome(bridge.block_on(timer.async_wait(asio::deferred))); });
+  await_calls(bridge, 1);
+  bridge.get_executor().context().stop();
+  caller.join();
+  CHECK(result == response_lost);
+}
+
+TEST_CASE("destructor: everything is given back") {
+  const auto descriptors = descriptors_of_this_process();
+  for (int i = 0; i < 20; ++i) {
+    RuntimeBridge bridge;
+    unwrap(bridge.block_on([]() -> awaitable<void> { co_await asio::post(use_awaitable); }));
+  }
+  await_workers(0);
+  CHECK(descriptors_of_this_process() == descriptors);
+}

@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Stop tokens: every blocking call takes one.
+
+#include <atomic>
+#include <latch>
+#include <semaphore>
+#include <stdexcept>
+#include <stop_token>
+
+#include "support.hpp"
+
+namespace {
+
+awaitable<int> hops(int n) {
+  for (int hop = 0; hop < n; ++hop) co_await asio::post(use_awaitable);
+  co_return n;
+}
+
+const std::string cancelled = "a stop was requested and the task was cancelled";
+
+}  // namespace
+
+TEST_CASE("stop: the task is cancelled and waited for, and what it threw is the cause") {
+  RuntimeBridge bridge;
+  std::stop_source source;
+  Result<void> result;
+  std::jthread caller([&] { result = bridge.block_on(park(), source.get_token()); });
+  await_calls(bridge, 1);
+  source.request_stop();
+  caller.join();
+  REQUIRE_FALSE(result.has_value());
+  CHECK(result.error() == BridgeError::Cancelled);
+  CHECK_THROWS_AS(std::rethrow_exception(result.error().cause()), std::system_error);
+  CHECK(result.error().message().find("runtime_bridge: a stop was requested and the task was cancelled: ") == 0);
+  CHECK(bridge.in_flight() == 0);
+}
+
+TEST_CASE("stop: one that was requested before does not start the task") {
+  RuntimeBridge bridge;
+  std::stop_source source;
+  source.request_stop();
+  bool ran = false;
+  const auto task = [&ran] { ran = true; };
+  for (const auto& result :
+       {bridge.block_on(task, source.get_token()), bridge.block_on_for(task, 1h, source.get_token()),
+        bridge.block_on_until(task, std::chrono::system_clock::now() + 1h, source.get_token())}) {
+    REQUIRE_FALSE(result.has_value());
+    CHECK(result.error() == BridgeError::Cancelled);
+    CHECK_FALSE(result.error().cause());
+  }
+  CHECK_FALSE(ran);
+}
+
+TEST_CASE("stop: from inside the task") {
+  RuntimeBridge bridge;
+  std::stop_source source;
+  const auto task = [&]() -> awaitable<int> {
+    source.request_stop();
+    co_await park();
+    co_return 1;
+  };
+  CHECK(outcome(bridge.block_on(task, source.get_token())).find(cancelled) == 0);
+
+  std::stop_source other;
+  CHECK(bridge.block_on([&] { return other.request_stop(); }, other.get_token()) == true);
+}
+
+TEST_CASE("stop: without effect on a task that has a value, and on other calls") {
+  RuntimeBridge bridge;
+  std::stop_source source;
+  std::string neighbour;
+  std::atomic<bool> may_end{false};
+  std::jthread other([&] {
+    const auto waits = [&]() -> awaitable<int> {
+      while (!may_end) co_await asio::post(use_awaitable);
+      co_return 1;
+    };
+    neighbour = outcome(bridge.block_on(waits, std::stop_source().get_token()));
+  });
+  await_calls(bridge, 1);
+  const auto value = [&]() -> awaitable<int> {
+    source.request_stop();
+    co_return 4;
+  };
+  CHECK(bridge.block_on(value, source.get_token()) == 4);
+  may_end = true;
+  other.join();
+  CHECK(neighbour == "value");
+}
+
+TEST_CASE("stop: a cancellation of a nested operation, by total cancellation too") {
+  RuntimeBridge bridge;
+  std::stop_source source;
+  const auto task = [&]() -> awaitable<void> {
+    co_await asio::this_coro::reset_cancellation_state(asio::enable_total_cancellation());
+    co_await park();
+  };
+  std::string result;
+  std::jthread caller([&] { result = outcome(bridge.block_on(task, source.get_token())); });
+  await_calls(bridge, 1);
+  source.request_stop();
+  caller.join();
+  CHECK(result.find(cancelled) == 0);
+}
+
+TEST_CASE("stop: after the call, it touches nothing of it") {
+  RuntimeBridge bridge;
+  std::stop_source source;
+  for (int i = 0; i < 100; ++i) CHECK(bridge.block_on(hops(1), source.get_token()) == 1);
+  source.request_stop();
+  CHECK(bridge.block_on(hops(1)) == 1);
+}
+
+// Race: a stop comes from another thread while the call is admitted, runs and completes. The task borrows the caller's
+// stack, so a cancellation that came late would be seen by ASan and TSan.
+TEST_CASE("stop: against admission and completion") {
+  RuntimeBridge bridge;
+  std::stop_source source;
+  std::binary_semaphore go(0), went(0);
+  std::atomic<bool> done{false};
+  std::jthread stopper([&] {
+    for (int round = 0;; ++round) {
+      go.acquire();
+      if (done) return;
+      for (int spin = 0; spin < round % 64 * 16; ++spin) std::atomic_signal_fence(std::memory_order_seq_cst);
+      source.request_stop();
+      went.release();
+    }
+  });
+  int values = 0;
+  int stops = 0;
+  for (int round = 0; round < 5'000; ++round) {
+    source = std::stop_source();
+    int local = 0;
+    const auto task = [&]() -> awaitable<int> {
+      for (int hop = 0; hop < round % 5; ++hop) co_await asio::post(use_awaitable);
+      co_return ++local;
+    };
+    const auto token = source.get_token();
+    go.release();
+    const auto result = bridge.block_on(task, token);
+    went.acquire();
+    if (result.has_value()) {
+      ++values;
+    } else if (result.error() == BridgeError::Cancelled) {
+      ++stops;
+    }
+  }
+  done = true;
+  go.release();
+  CHECK(values + stops == 5'000);
+  CHECK(values > 0);
+  CHECK(stops > 0);
+  CHECK(bridge.in_flight() == 0);
+}
+
+// Race: a stop, a deadline and the end of the context meet one call.
+TEST_CASE("stop: against a deadline and context().stop()") {
+  for (int round = 0; round < 300; ++round) {
+    RuntimeBridge bridge;
+    std::stop_source source;
+    std::latch go(3);
+    std::string result;
+    {
+      std::jthread caller([&] {
+        go.arrive_and_wait();
+        result = outcome(bridge.block_on_for(park(), 50us, source.get_token()));
+      });
+      std::jthread stopper([&] {
+        go.arrive_and_wait();
+        source.request_stop();
+      });
+      go.arrive_and_wait();
+      bridge.get_executor().context().stop();
+    }
+    REQUIRE(result != "value");
+    REQUIRE(bridge.in_flight() == 0);
+  }
+}

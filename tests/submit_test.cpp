@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// submit and JoinHandle.
+
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <semaphore>
+#include <stdexcept>
+
+#include "support.hpp"
+
+using runtime_bridge::JoinHandle;
+
+namespace {
+
+awaitable<int> seven() {
+  co_await asio::post(use_awaitable);
+  co_return 7;
+}
+
+awaitable<std::unique_ptr<int>> boxed(int n) { co_return std::make_unique<int>(n); }
+
+}  // namespace
+
+TEST_CASE("submit: returns at once, and join gives the value") {
+  RuntimeBridge bridge;
+  std::atomic<bool> may_end{false};
+  auto handle = bridge.submit([&may_end]() -> awaitable<int> {
+    while (!may_end) co_await asio::post(use_awaitable);
+    co_return 3;
+  });
+  CHECK(handle.joinable());
+  CHECK_FALSE(handle.done());
+  CHECK_FALSE(handle.wait_for(1ms));
+  CHECK(bridge.in_flight() == 1);
+  may_end = true;
+  CHECK(handle.wait_for(std::chrono::hours::max()));
+  CHECK(handle.done());
+  CHECK(handle.join() == 3);
+  CHECK_FALSE(handle.joinable());
+  CHECK(handle.done());
+  CHECK(handle.wait_for(0s));
+  CHECK_THROWS_AS(handle.join(), std::system_error);
+}
+
+TEST_CASE("submit: every kind of Task, owned") {
+  RuntimeBridge bridge;
+  CHECK(bridge.submit(seven()).join() == 7);
+  CHECK(**bridge.submit(boxed(4)).join() == 4);
+  CHECK(bridge.submit([text = std::string(100, 'x')] { return text.size(); }).join() == 100u);
+  CHECK(bridge.submit([] {}).join().has_value());
+  const auto named = [n = 5] { return n; };
+  CHECK(bridge.submit(named).join() == 5);
+  auto owns = [p = std::make_unique<int>(6)]() -> awaitable<int> {
+    co_await asio::post(use_awaitable);
+    co_return *p;
+  };
+  CHECK(bridge.submit(std::move(owns)).join() == 6);
+  asio::steady_timer timer(bridge.get_executor(), 1ms);
+  CHECK(bridge.submit(timer.async_wait(asio::deferred)).join().has_value());
+}
+
+TEST_CASE("submit: what the task owns is destroyed on the worker, before it counts as done") {
+  RuntimeBridge bridge;
+  const auto worker = *bridge.block_on([] { return std::this_thread::get_id(); });
+  struct NotesItsEnd {
+    std::thread::id* where;
+    explicit NotesItsEnd(std::thread::id* w) : where(w) {}
+    NotesItsEnd(NotesItsEnd&& other) noexcept : where(std::exchange(other.where, nullptr)) {}
+    ~NotesItsEnd() {
+      if (where) *where = std::this_thread::get_id();
+    }
+  };
+  for (int round = 0; round < 200; ++round) {
+    std::thread::id coroutine, plain;
+    auto first = bridge.submit([n = NotesItsEnd(&coroutine)] { return seven(); });
+    auto second = bridge.submit([n = NotesItsEnd(&plain)] {});
+    CHECK(first.join() == 7);
+    CHECK(second.join().has_value());
+    REQUIRE(coroutine == worker);
+    REQUIRE(plain == worker);
+  }
+}
+
+TEST_CASE("submit: a task that throws, and a bridge that is gone") {
+  std::optional<RuntimeBridge> bridge(std::in_place);
+  auto failed = bridge->submit([]() -> int { throw std::runtime_error("no"); });
+  auto parked = bridge->submit(park());
+  auto finished = bridge->submit(seven());
+  CHECK(finished.wait_for(1h));
+  bridge->get_executor().context().stop();
+  CHECK(parked.wait_for(1h));
+  auto refused = bridge->submit([] { return 1; });
+  bridge.reset();
+
+  // The handles outlive the bridge.
+  CHECK(outcome(failed.join()) == response_lost + ": no");
+  CHECK(outcome(parked.join()) == response_lost);
+  CHECK(finished.join() == 7);
+  CHECK(refused.done());
+  CHECK(outcome(refused.join()) == worker_dead);
+
+  RuntimeBridge moved;
+  const RuntimeBridge heir = std::move(moved);
+  CHECK(outcome(moved.submit([] { return 1; }).join()) == worker_dead);  // NOLINT(bugprone-use-after-move)
+}
+
+TEST_CASE("submit: request_stop cancels, once the task is over it changes nothing") {
+  RuntimeBridge bridge;
+  auto parked = bridge.submit(park());
+  parked.request_stop();
+  const auto stopped = parked.join();
+  REQUIRE_FALSE(stopped.has_value());
+  CHECK(stopped.error() == BridgeError::Cancelled);
+
+  auto failed = bridge.submit([]() -> int { throw std::runtime_error("before the stop"); });
+  CHECK(failed.wait_for(1h));
+  failed.request_stop();
+  CHECK(outcome(failed.join()) == response_lost + ": before the stop");
+}
+
+TEST_CASE("submit: a stop before the task was started leaves it unrun") {
+  RuntimeBridge bridge;
+  std::binary_semaphore go_on(0);
+  asio::post(bridge.get_executor(), [&] { go_on.acquire(); });
+  bool ran = false;
+  auto plain = bridge.submit([&ran] { ran = true; });
+  auto coroutine = bridge.submit(seven());
+  plain.request_stop();
+  coroutine.request_stop();
+  go_on.release();
+  CHECK(plain.join().error() == BridgeError::Cancelled);
+  CHECK(coroutine.join().error() == BridgeError::Cancelled);
+  CHECK_FALSE(ran);
+}
+
+TEST_CASE("submit: the handle's destructor stops and joins") {
+  RuntimeBridge bridge;
+  bool gone = false;
+  struct SetsFlag {
+    bool& flag;
+    ~SetsFlag() { flag = true; }
+  };
+  const auto task = [&gone]() -> awaitable<void> {
+    const SetsFlag local{gone};
+    co_await park();
+  };
+  {
+    const auto handle = bridge.submit(task);
+    await_calls(bridge, 1);
+  }
+  CHECK(gone);
+
+  gone = false;
+  auto handle = bridge.submit(task);
+  await_calls(bridge, 1);
+  handle = bridge.submit([] {});  // as does assignment
+  CHECK(gone);
+  CHECK(handle.join().has_value());
+}
+
+TEST_CASE("submit: detach leaves the task to itself") {
+  RuntimeBridge bridge;
+  const auto alive = std::make_shared<std::atomic<int>>(0);
+  auto handle = bridge.submit([alive]() -> awaitable<void> {
+    while (*alive < 1) co_await asio::post(use_awaitable);
+    *alive = 2;
+  });
+  handle.detach();
+  CHECK_FALSE(handle.joinable());
+  *alive = 1;
+  await_state([&] { return bridge.in_flight() == 0; });
+  CHECK(*alive == 2);
+}
+
+TEST_CASE("submit: on the worker, all but join") {
+  RuntimeBridge bridge = RuntimeBridge::with_thread_name("own");
+  std::string joined;
+  bool done = true;
+  bool waited = true;
+  JoinHandle<int> survivor;
+  unwrap(bridge.block_on([&] {
+    auto handle = bridge.submit(seven());
+    done = handle.done();
+    waited = handle.wait_for(std::chrono::hours::max());
+    auto result = handle.join();
+    joined = result.error().message();
+    survivor = std::move(handle);  // not lost by the refused join
+
+    const auto dropped = bridge.submit(park());  // its destructor cannot wait either
+  }));
+  CHECK_FALSE(done);
+  CHECK_FALSE(waited);
+  CHECK(joined == "runtime_bridge: the call would wait for itself: own -> own");
+  CHECK(survivor.join() == 7);
+  await_state([&] { return bridge.in_flight() == 0; });
+
+  std::string of_done;
+  auto finished = bridge.submit(seven());
+  CHECK(finished.wait_for(1h));
+  unwrap(bridge.block_on([&] { of_done = outcome(finished.join()); }));
+  CHECK(of_done == "value");
+}
+
+TEST_CASE("submit: rings through handles") {
+  RuntimeBridge a = RuntimeBridge::with_thread_name("A"), b = RuntimeBridge::with_thread_name("B");
+  std::string of_b, of_a;
+  std::atomic<bool> a_waits{false};
+  auto on_b = b.submit([&]() -> awaitable<void> {
+    while (!a_waits) co_await asio::post(use_awaitable);
+    // A's worker waits for this very task, through its handle.
+    for (;;) {
+      of_b = outcome(a.block_on([] {}));
+      if (of_b == would_deadlock) co_return;
+    }
+  });
+  unwrap(a.block_on([&] {
+    a_waits = true;
+    of_a = outcome(on_b.join());
+  }));
+  CHECK(of_a == "value");
+  CHECK(of_b == would_deadlock);
+  // A wait that gave up leaves no note.
+  unwrap(a.block_on([&] {
+    auto parked = b.submit(park());
+    (void)parked.wait_for(1ms);
+    parked.detach();
+  }));
+  CHECK(b.block_on([&] { return *a.block_on([] { return 2; }); }) == 2);
+}
+
+TEST_CASE("submit: ten thousand at once") {
+  RuntimeBridge bridge;
+  std::vector<JoinHandle<int>> handles;
+  handles.reserve(10'000);
+  for (int i = 0; i < 10'000; ++i) {
+    handles.push_back(bridge.submit([i]() -> awaitable<int> {
+      co_await asio::post(use_awaitable);
+      co_return i;
+    }));
+  }
+  long sum = 0;
+  for (auto& handle : handles) sum += *handle.join();
+  CHECK(sum == 10'000L * 9'999 / 2);
+  CHECK(bridge.in_flight() == 0);
+}
+
+// Race: a handle is destroyed, or asked to stop, while its task completes.
+TEST_CASE("submit: handle destruction against completion") {
+  RuntimeBridge bridge;
+  const auto alive = std::make_shared<int>(0);
+  for (int round = 0; round < 5'000; ++round) {
+    auto handle = bridge.submit([alive, round]() -> awaitable<void> {
+      for (int hop = 0; hop < round % 4; ++hop) co_await asio::post(use_awaitable);
+    });
+    if (round % 3 == 0) handle.request_stop();
+    if (round % 7 == 0) handle.detach();
+  }
+  await_state([&] { return bridge.in_flight() == 0; });
+  unwrap(bridge.block_on([] {}));
+  CHECK(alive.use_count() == 1);
+}
