@@ -17,6 +17,10 @@
 #error "runtime_bridge needs POSIX threads (it watches for fork); Windows is not supported"
 #endif
 
+// Before Asio: 1.22.1 looks whether the standard library has aligned_alloc, and sees it only once one of its headers
+// was included. Two units that differ in that would free each other's memory in the wrong way.
+#include <version>
+
 #include <asio/version.hpp>
 #if ASIO_VERSION < 102201
 #error "runtime_bridge needs standalone Asio 1.22.1 or newer"
@@ -65,7 +69,6 @@
 #include <type_traits>
 #include <utility>
 #include <variant>
-#include <version>
 
 // The library's own `expected` is part of the public types, so it is part of the namespace's name: two
 // translation units that choose differently make two types, not a violation of the one definition rule.

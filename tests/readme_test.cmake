@@ -1,16 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# The README's first code block is the heart of the main example, to the letter.
+# The README's first C++ block is the heart of the main example, to the letter. Every other is in readme_test.cpp, but for
+# the indentation.
 
 file(READ ${REPOSITORY}/README.md readme)
 file(READ ${REPOSITORY}/examples/quickstart.cpp example)
-if(NOT readme MATCHES "```cpp\n([^`]*)```")
-  message(FATAL_ERROR "README.md has no C++ code block")
-endif()
-set(block "${CMAKE_MATCH_1}")
+file(READ ${REPOSITORY}/tests/readme_test.cpp tests)
+string(REGEX REPLACE "\n +" "\n" tests "${tests}")
+
 if(NOT example MATCHES "// \\[readme\\]\n(.*)// \\[/readme\\]")
   message(FATAL_ERROR "examples/quickstart.cpp has no [readme] marks")
 endif()
-if(NOT block STREQUAL CMAKE_MATCH_1)
-  message(FATAL_ERROR "README.md's first code block differs from what examples/quickstart.cpp has between [readme] marks")
+set(heart "${CMAKE_MATCH_1}")
+
+set(blocks 0)
+while(readme MATCHES "```cpp\n([^`]*)```(.*)")
+  set(block "${CMAKE_MATCH_1}")
+  set(readme "${CMAKE_MATCH_2}")
+  if(blocks EQUAL 0)
+    if(NOT block STREQUAL heart)
+      message(FATAL_ERROR
+        "README.md's first block differs from what examples/quickstart.cpp has between its [readme] marks")
+    endif()
+  else()
+    string(REGEX REPLACE "(^|\n) +" "\\1" block "${block}")
+    string(FIND "${tests}" "\n${block}" position)
+    if(position EQUAL -1)
+      message(FATAL_ERROR "this block of README.md is not in tests/readme_test.cpp:\n${block}")
+    endif()
+  endif()
+  math(EXPR blocks "${blocks} + 1")
+endwhile()
+if(blocks LESS 2)
+  message(FATAL_ERROR "README.md has ${blocks} C++ blocks")
 endif()
+message(STATUS "${blocks} blocks")

@@ -260,6 +260,21 @@ TEST_CASE("shutdown: against admission, and against another shutdown") {
   }
 }
 
+// Race: a call that was admitted is sent after the cancellation, because it starts the worker in between.
+TEST_CASE("shutdown: cancel against a first call that is being admitted") {
+  for (int round = 0; round < 300; ++round) {
+    Options options;
+    options.start = Start::lazy;
+    RuntimeBridge bridge(options);
+    std::string first;
+    std::jthread caller([&] { first = outcome(bridge.block_on(park())); });
+    await_state([&] { return bridge.in_flight() == 1; });
+    CHECK(bridge.shutdown(Shutdown::cancel));
+    caller.join();
+    REQUIRE((first == worker_dead || first.find(cancelled) == 0));
+  }
+}
+
 // Race: shutdown(cancel) while tasks complete, stop by themselves and time out.
 TEST_CASE("shutdown: cancel against completion, stops and deadlines") {
   for (int round = 0; round < 300; ++round) {

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Asio operations as Tasks: their errors, their results, their cancellation.
+
+#include <array>
+#include <asio/buffer.hpp>
+#include <asio/error.hpp>
+#include <asio/experimental/channel.hpp>
+#include <asio/local/connect_pair.hpp>
+#include <asio/local/stream_protocol.hpp>
+#include <asio/read.hpp>
+#include <asio/write.hpp>
+#include <stop_token>
+#include <tuple>
+
+#include "support.hpp"
+
+namespace {
+
+using Socket = asio::local::stream_protocol::socket;
+
+std::error_code code_of(const std::exception_ptr& cause) {
+  try {
+    std::rethrow_exception(cause);
+  } catch (const std::system_error& e) {
+    return e.code();
+  }
+}
+
+}  // namespace
+
+TEST_CASE("operation: its results") {
+  RuntimeBridge bridge;
+  Socket a(bridge.get_executor()), b(bridge.get_executor());
+  asio::local::connect_pair(a, b);
+  const std::string text = "hello";
+  CHECK(bridge.block_on(asio::async_write(a, asio::buffer(text), asio::deferred)) == text.size());
+  std::array<char, 5> bytes{};
+  CHECK(bridge.block_on(asio::async_read(b, asio::buffer(bytes), asio::deferred)) == text.size());
+  CHECK(std::string(bytes.data(), bytes.size()) == text);
+}
+
+TEST_CASE("operation: several results are a tuple") {
+  RuntimeBridge bridge;
+  asio::experimental::channel<void(std::error_code, int, std::string)> channel(bridge.get_executor(), 1);
+  auto send = channel.async_send(std::error_code(), 3, std::string("three"), asio::deferred);
+  CHECK(bridge.block_on(std::move(send)).has_value());
+  CHECK(bridge.block_on(channel.async_receive(asio::deferred)) == std::tuple(3, std::string("three")));
+}
+
+TEST_CASE("operation: its error is the exception that co_await would throw") {
+  RuntimeBridge bridge;
+  Socket a(bridge.get_executor()), b(bridge.get_executor());
+  asio::local::connect_pair(a, b);
+  a.close();
+  std::array<char, 1> byte{};
+  const auto result = bridge.block_on(asio::async_read(b, asio::buffer(byte), asio::deferred));
+  REQUIRE_FALSE(result.has_value());
+  CHECK(result.error() == BridgeError::ResponseLost);
+  CHECK(code_of(result.error().cause()) == asio::error::eof);
+}
+
+TEST_CASE("operation: a deadline and a stop cancel it") {
+  RuntimeBridge bridge;
+  asio::steady_timer timer(bridge.get_executor(), 24h);
+  const auto timed = bridge.block_on_for(timer.async_wait(asio::deferred), 5ms);
+  REQUIRE_FALSE(timed.has_value());
+  CHECK(timed.error() == BridgeError::TimedOut);
+  CHECK(code_of(timed.error().cause()) == asio::error::operation_aborted);
+
+  std::stop_source source;
+  std::string stopped;
+  std::jthread caller(
+      [&] { stopped = outcome(bridge.block_on(timer.async_wait(asio::deferred), source.get_token())); });
+  await_calls(bridge, 1);
+  source.request_stop();
+  caller.join();
+  CHECK(stopped.find("a stop was requested and the task was cancelled: ") == 0);
+}

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The README's examples after the first, compiled and run. readme_test.cmake compares them with the README: a block
+// there is a run of lines here.
+
+#include <chrono>
+#include <stop_token>
+#include <string>
+
+#include "support.hpp"
+
+using runtime_bridge::JoinHandle;
+using runtime_bridge::Shutdown;
+using namespace runtime_bridge;
+
+namespace {
+
+struct Client {
+  awaitable<std::string> get(std::string key) {
+    if (key == "slow") co_await park();
+    co_return "value of " + key;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("readme: a deadline") {
+  RuntimeBridge bridge;
+  Client client;
+  const std::string key = "slow";
+  bool timed_out = false;
+  const auto use_the_cache = [&timed_out] { timed_out = true; };
+
+  auto value = bridge.block_on_for([&] { return client.get(key); }, std::chrono::milliseconds(200));
+  if (!value && value.error() == BridgeError::TimedOut) use_the_cache();
+
+  CHECK(timed_out);
+}
+
+TEST_CASE("readme: a stop token") {
+  RuntimeBridge bridge;
+  Client client;
+  const std::string key = "slow";
+  std::string reported;
+
+  std::jthread reader([&](std::stop_token stop) {  // stopped and joined by its destructor
+    auto value = bridge.block_on([&] { return client.get(key); }, stop);
+    if (!value) reported = value.error().message();
+  });
+
+  reader.request_stop();
+  reader.join();
+  CHECK(reported.find("runtime_bridge: a stop was requested") == 0);
+}
+
+TEST_CASE("readme: submit") {
+  RuntimeBridge bridge;
+  Client client;
+
+  JoinHandle<std::string> first = bridge.submit(client.get("a"));  // both are on their way
+  JoinHandle<std::string> second = bridge.submit(client.get("b"));
+  std::string both = unwrap(first.join()) + ", " + unwrap(second.join());
+
+  CHECK(both == "value of a, value of b");
+}
+
+TEST_CASE("readme: shutdown") {
+  RuntimeBridge bridge;
+  bool logged = false;
+  const auto log = [&logged](const char*) { logged = true; };
+  auto handle = bridge.submit([]() -> awaitable<void> {
+    co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+    asio::steady_timer timer(co_await asio::this_coro::executor, 24h);
+    co_await timer.async_wait(use_awaitable);
+  });
+  await_calls(bridge, 1);
+
+  using std::chrono::milliseconds;
+  if (!bridge.shutdown(Shutdown::cancel, milliseconds(100))) log("calls were cut off");
+
+  CHECK(logged);
+}
+
+TEST_CASE("readme: an Asio operation") {
+  RuntimeBridge bridge;
+
+  asio::steady_timer timer(bridge.get_executor(), std::chrono::milliseconds(10));
+  unwrap(bridge.block_on(timer.async_wait(asio::deferred)));  // asio::experimental::deferred before Asio 1.24
+
+  CHECK(timer.expiry() <= std::chrono::steady_clock::now());
+}
+
+TEST_CASE("readme: the trap of g++ 12") {
+  RuntimeBridge bridge;
+  const auto task = []() -> awaitable<int> {
+    const int size = 7;
+
+    auto read = [&]() -> asio::awaitable<int> { co_return size; };
+    co_return co_await read();  // not: co_await [&]() -> asio::awaitable<int> { co_return size; }()
+  };
+  CHECK(bridge.block_on(task) == 7);
+}
