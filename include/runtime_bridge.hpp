@@ -780,7 +780,11 @@ inline std::optional<BridgeError> Core::post(Call& call, bool waits) {
     Call& c = t.call();
     Core& core = t.core();
     if (core.cancelling_) c.ask(BridgeError::Cancelled);
-    if (!core.stopped_ && c.asked_ == 0) c.start(std::move(t));
+    if (!core.stopped_ && c.asked_ == 0) {
+      c.start(std::move(t));
+    } else {
+      c.release_task();  // here, and not where the last ticket happens to be dropped
+    }
   });
   return std::nullopt;
 }
@@ -819,9 +823,6 @@ inline void Core::cancel_calls() noexcept {
 
 inline void Core::end_call(Call& call) noexcept {
   call.release_task();
-  // Nothing of the call may be touched once the caller wakes, so take along what answers it.
-  const std::shared_ptr<Call> self = std::move(call.self_);
-  std::promise<void> answer = std::move(call.answer_);
   // Exactly here a waiting worker is free again: a note that stood any longer would be a false alarm.
   if (Core* waiter = call.waiter_.exchange(this)) {
     const std::lock_guard lock(Forks::ring_mutex);
@@ -830,6 +831,9 @@ inline void Core::end_call(Call& call) noexcept {
       waiter->waits_for_call_ = nullptr;
     }
   }
+  // Nothing of the call may be touched once the caller wakes, so take along what answers it.
+  std::promise<void> answer = std::move(call.answer_);
+  std::shared_ptr<Call>(std::move(call.self_)).reset();
   if (gate_.end_call()) context_.stop();
   answer.set_value();
 }
@@ -989,7 +993,7 @@ class TaskCall final : public ResultCall<TaskValue<Task>> {
 
  public:
   template <class T>
-  explicit TaskCall(T&& task) : held_(hold(std::forward<T>(task))) {}
+  TaskCall(std::in_place_t, T&& task) : held_(hold(std::forward<T>(task))) {}
 
  private:
   template <class T>
@@ -1212,7 +1216,7 @@ class RuntimeBridge {
   Result<detail::TaskValue<Task>> block_on_until(Task&& task, std::chrono::time_point<Clock, Duration> deadline,
                                                  std::stop_token stop = {}) const {
     const std::shared_ptr<detail::Core> core = core_;
-    detail::WaitedCall<Task> call(std::forward<Task>(task));
+    detail::WaitedCall<Task> call(std::in_place, std::forward<Task>(task));
     if (!core) return detail::refuse(BridgeError::WorkerDead, "the bridge was moved from");
     if (stop.stop_requested()) return detail::refuse(BridgeError::Cancelled, "a stop was requested before the call");
     if (detail::time_left(deadline) == std::chrono::nanoseconds::zero()) {
@@ -1337,7 +1341,7 @@ class [[nodiscard]] JoinHandle {
 template <class Task>
 JoinHandle<detail::TaskValue<Task>> RuntimeBridge::submit(Task&& task) const {
   const std::shared_ptr<detail::Core> core = core_;
-  auto call = std::make_shared<detail::SubmittedCall<Task>>(std::forward<Task>(task));
+  auto call = std::make_shared<detail::SubmittedCall<Task>>(std::in_place, std::forward<Task>(task));
   call->keep(call);
   if (!core) {
     call->refuse({BridgeError::WorkerDead, nullptr, detail::literal("the bridge was moved from")});

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <barrier>
 #include <memory>
+#include <semaphore>
 
 #include "support.hpp"
 
@@ -147,4 +148,21 @@ TEST_CASE("deadlock: destroying a bridge whose worker waits for this one") {
   CHECK(inner == "value");
   CHECK(outer == "value");
   CHECK(b.block_on([] { return 3; }) == 3);
+}
+
+// A note of A that pointed to a bridge that is gone would be followed by whoever calls A.
+TEST_CASE("deadlock: a bridge that was shut down and destroyed by a task leaves no note") {
+  RuntimeBridge a = named("A"), c = named("C");
+  unwrap(a.block_on([] {
+    const auto gone = std::make_unique<RuntimeBridge>();
+    (void)gone->shutdown(runtime_bridge::Shutdown::drain);
+  }));
+  std::binary_semaphore go_on(0);
+  auto busy = a.submit([&] { go_on.acquire(); });
+  std::string through;
+  std::jthread caller([&] { through = outcome(c.block_on([&] { return *a.block_on([] { return 5; }); })); });
+  await_state([&] { return a.in_flight() == 2; });
+  go_on.release();
+  caller.join();
+  CHECK(through == "value");
 }

@@ -44,7 +44,7 @@ TEST_CASE("operation: several results are a tuple") {
   RuntimeBridge bridge;
   asio::experimental::channel<void(std::error_code, int, std::string)> channel(bridge.get_executor(), 1);
   auto send = channel.async_send(std::error_code(), 3, std::string("three"), asio::deferred);
-  CHECK(bridge.block_on(std::move(send)).has_value());
+  CHECK(bridge.block_on(send).has_value());
   CHECK(bridge.block_on(channel.async_receive(asio::deferred)) == std::tuple(3, std::string("three")));
 }
 

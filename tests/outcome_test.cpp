@@ -243,3 +243,14 @@ TEST_CASE("outcome: no memory to start a task on the worker is ResponseLost with
   CHECK(bridge.in_flight() == 0);
   CHECK(bridge.block_on([] { return seven(); }) == 7);
 }
+
+TEST_CASE("outcome: asking for a cancellation needs no memory") {
+  RuntimeBridge bridge;
+  auto parked = bridge.submit(park());
+  allocations_until_failure = 1;
+  parked.request_stop();
+  const bool allocated = allocations_until_failure != 1;
+  allocations_until_failure = 0;
+  CHECK_FALSE(allocated);
+  CHECK(parked.join().error() == BridgeError::Cancelled);
+}

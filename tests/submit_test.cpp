@@ -56,7 +56,8 @@ TEST_CASE("submit: every kind of Task, owned") {
     co_await asio::post(use_awaitable);
     co_return *p;
   };
-  CHECK(bridge.submit(std::move(owns)).join() == 6);
+  auto owner = bridge.submit(std::move(owns));
+  CHECK(owner.join() == 6);
   asio::steady_timer timer(bridge.get_executor(), 1ms);
   CHECK(bridge.submit(timer.async_wait(asio::deferred)).join().has_value());
 }
@@ -80,6 +81,14 @@ TEST_CASE("submit: what the task owns is destroyed on the worker, before it coun
     CHECK(second.join().has_value());
     REQUIRE(coroutine == worker);
     REQUIRE(plain == worker);
+  }
+  // Race: a second stop looks at the call while it ends. It must not be the one that destroys the task.
+  for (int round = 0; round < 5'000; ++round) {
+    std::thread::id coroutine;
+    auto handle = bridge.submit([n = NotesItsEnd(&coroutine)] { return seven(); });
+    handle.request_stop();
+    while (!handle.done()) handle.request_stop();
+    REQUIRE(coroutine == worker);
   }
 }
 
