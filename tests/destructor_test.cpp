@@ -157,10 +157,13 @@ TEST_CASE("destructor: on the worker, in a task that parks afterwards") {
 TEST_CASE("destructor: on the worker, in a raw handler") {
   auto owner = std::make_unique<RuntimeBridge>();
   std::latch done(1);
-  asio::post(owner->get_executor(), [&] {
-    owner.reset();
-    done.count_down();
-  });
+  // Posted by the worker: another thread could still be inside asio::post when the context dies.
+  unwrap(owner->block_on([&] {
+    asio::post(owner->get_executor(), [&] {
+      owner.reset();
+      done.count_down();
+    });
+  }));
   done.wait();
   await_workers(0);
 }

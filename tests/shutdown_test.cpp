@@ -86,7 +86,12 @@ TEST_CASE("shutdown: cancel cancels what runs and what is queued, and waits") {
   bool ran = false;
   auto queued = bridge.submit([&ran] { ran = true; });
   std::jthread release([&] {
-    await_state([&] { return !bridge.block_on([] {}).has_value(); });
+    await_state([&] {
+      auto probe = bridge.submit([] {});
+      const bool refused = probe.done();  // for the worker is busy
+      probe.detach();
+      return refused;
+    });
     busy.release();
   });
   CHECK(bridge.shutdown(Shutdown::cancel));
