@@ -37,6 +37,8 @@
 #include <asio/execution_context.hpp>
 #include <asio/executor_work_guard.hpp>
 #include <asio/io_context.hpp>
+#include <asio/ip/tcp.hpp>
+#include <asio/ip/udp.hpp>
 #include <asio/post.hpp>
 #include <asio/use_awaitable.hpp>
 
@@ -392,7 +394,7 @@ class Context : public asio::io_context {
   ///
   /// `asio::execution_context::shutdown` also empties the scheduler's queue, and does so without its lock: a foreign
   /// thread that posts just then, because something that a task awaits elsewhere has completed, would corrupt it.
-  /// Services are shut down newest first, so the fence, made right after the scheduler, comes just before it.
+  /// Services are shut down newest first, so the fence, made soon after the scheduler, comes before it.
   void destroy_parked() {
     fence_.raised = true;
     try {
@@ -402,7 +404,7 @@ class Context : public asio::io_context {
     fence_.raised = false;
   }
 
-  /// The same, and what is queued is destroyed as well: for when no foreign thread can be posting.
+  /// The same, and what is queued is destroyed as well, without the lock. A last resort.
   void destroy_all() { shutdown(); }
 
  private:
@@ -418,6 +420,12 @@ class Context : public asio::io_context {
     bool raised = false;
   };
 
+  // Made first, so that `destroy_parked` does not get to it: once shut down, Asio's resolver crashes when it is used. A
+  // lookup that is under way is on a thread of Asio's, and thus foreign.
+  template <class Protocol>
+  using Resolvers = asio::detail::resolver_service<Protocol>;
+  Resolvers<asio::ip::tcp>& tcp_resolvers_ = asio::use_service<Resolvers<asio::ip::tcp>>(*this);
+  Resolvers<asio::ip::udp>& udp_resolvers_ = asio::use_service<Resolvers<asio::ip::udp>>(*this);
   Fence& fence_ = asio::make_service<Fence>(*this);
 };
 
@@ -528,8 +536,11 @@ class Call {
   /// Why there is no value. For a call that was answered without one.
   BridgeError error() const {
     if (refusal_) return *refusal_;
-    if (const int kind = asked_.load(); kind != 0) return {static_cast<BridgeError::Kind>(kind), cause_};
-    if (cause_) return {BridgeError::ResponseLost, cause_, literal("the task threw")};
+    const int asked = asked_.load();
+    // A task that was destroyed with its coroutine suspended was neither cancelled nor failed.
+    const bool ended = cause_ || stage_ == Stage::queued;
+    if (asked != 0 && ended && !stopped_) return {static_cast<BridgeError::Kind>(asked), cause_};
+    if (cause_ && !stopped_) return {BridgeError::ResponseLost, cause_, literal("the task threw")};
     if (stage_ == Stage::starting) {
       return {BridgeError::ResponseLost, std::make_exception_ptr(std::bad_alloc()), literal("the task did not start")};
     }
@@ -545,6 +556,7 @@ class Call {
   Stage stage_ = Stage::queued;
   std::exception_ptr cause_;
   Running* running_ = nullptr;  // the worker's own: what cancels the task while it runs
+  bool stopped_ = false;        // it was cancelled because the worker was stopped
 
  private:
   friend class Core;
@@ -626,6 +638,12 @@ class Finished {
 class Core : public std::enable_shared_from_this<Core> {
  public:
   explicit Core(Options options) : options_(std::move(options)) {}
+  Core(const Core&) = delete;
+  Core& operator=(const Core&) = delete;
+  ~Core() {
+    // On a worker that was detached, the thread's own thread_locals are destroyed after this.
+    if (current_ == this) current_ = nullptr;
+  }
 
   asio::io_context::executor_type get_executor() noexcept { return context_.get_executor(); }
   std::size_t in_flight() const noexcept { return gate_.in_flight(); }
@@ -670,6 +688,8 @@ class Core : public std::enable_shared_from_this<Core> {
 
   void end_call(Call& call) noexcept;
   void cancel_calls() noexcept;
+  template <class Condition>
+  void emit_to_all(Condition condition) noexcept;
   void run() noexcept;
   void abandon_calls() noexcept;
   void settle() noexcept;
@@ -687,18 +707,31 @@ class Core : public std::enable_shared_from_this<Core> {
       try {
         return step();
       } catch (...) {
-        try {
-          if (options_.on_stray_exception) options_.on_stray_exception(std::current_exception());
-        } catch (...) {
-        }
+        report_stray();
       }
+    }
+  }
+
+  /// Hands the exception that is being handled to the hook.
+  void report_stray() noexcept {
+    try {
+      if (options_.on_stray_exception) options_.on_stray_exception(std::current_exception());
+    } catch (...) {
+    }
+  }
+
+  void emit(Running& running) noexcept {
+    try {
+      running.signal.emit(asio::cancellation_type::terminal);
+    } catch (...) {
+      report_stray();
     }
   }
 
   static inline thread_local Core* current_ = nullptr;  // the bridge whose worker this thread is
 
   // A coroutine that never waits is never parked, and its handlers keep the queue from running empty. After so many in
-  // a row the queue is emptied by force.
+  // a row it is taken for such a one.
   static constexpr int patience = 10'000;
 
   const Options options_;
@@ -779,7 +812,7 @@ inline std::optional<BridgeError> Core::post(Call& call, bool waits) {
   post_in(call.start_memory_, [t = std::move(ticket)]() mutable {
     Call& c = t.call();
     Core& core = t.core();
-    if (core.cancelling_) c.ask(BridgeError::Cancelled);
+    if (core.cancelling_ && !core.stopped_) c.ask(BridgeError::Cancelled);
     if (!core.stopped_ && c.asked_ == 0) {
       c.start(std::move(t));
     } else {
@@ -797,7 +830,8 @@ inline void Core::cancel(Call& call, BridgeError::Kind why) noexcept {
   if (!call.ask(why)) return;
   // Emitted anywhere but on the worker, a cancellation would be a data race inside Asio.
   post_in(call.cancel_memory_, [t = std::move(ticket)] {
-    if (Running* running = t.call().running_) running->signal.emit(asio::cancellation_type::terminal);
+    Running* running = t.call().running_;
+    if (running && !t.core().stopped_) t.core().emit(*running);
   });
 }
 
@@ -806,27 +840,35 @@ inline void Core::cancel_calls() noexcept {
   if (cancel_asked_.exchange(true) || !gate_.enter_post()) return;
   const Poster poster(gate_);
   post_in(cancel_memory_, [this] {
+    if (stopped_) return;
     cancelling_ = true;
-    // An emit may run other tasks to their end, which takes them off whatever list they are on.
-    to_cancel_.swap(running_);
-    for (Running& running : to_cancel_) running.home = &to_cancel_;
-    while (!to_cancel_.empty()) {
-      Running& running = to_cancel_.front();
-      running_.splice(running_.end(), to_cancel_, to_cancel_.begin());
-      running.home = &running_;
-      if (running.call && running.call->ask(BridgeError::Cancelled)) {
-        running.signal.emit(asio::cancellation_type::terminal);
-      }
-    }
+    emit_to_all([](Call& call) { return call.ask(BridgeError::Cancelled); });
   });
+}
+
+/// Cancels the coroutines whose call meets the condition. An emit may run other tasks to their end, which takes them
+/// off whatever list they are on.
+template <class Condition>
+void Core::emit_to_all(Condition condition) noexcept {
+  to_cancel_.swap(running_);
+  for (Running& running : to_cancel_) running.home = &to_cancel_;
+  while (!to_cancel_.empty()) {
+    Running& running = to_cancel_.front();
+    running_.splice(running_.end(), to_cancel_, to_cancel_.begin());
+    running.home = &running_;
+    if (running.call && condition(*running.call)) emit(running);
+  }
 }
 
 inline void Core::end_call(Call& call) noexcept {
   call.release_task();
   // Exactly here a waiting worker is free again: a note that stood any longer would be a false alarm.
-  if (Core* waiter = call.waiter_.exchange(this)) {
+  Core* none = nullptr;
+  if (!call.waiter_.compare_exchange_strong(none, this)) {
+    // Whoever gives up waiting takes the same lock, so the waiter found here is alive.
     const std::lock_guard lock(Forks::ring_mutex);
-    if (waiter->waits_for_call_ == &call) {
+    Core* waiter = call.waiter_.exchange(this);
+    if (waiter && waiter->waits_for_call_ == &call) {
       waiter->waits_for_ = nullptr;
       waiter->waits_for_call_ = nullptr;
     }
@@ -891,14 +933,32 @@ inline void Core::run() noexcept {
 /// Ends the calls in flight: destroys those that wait on this context, and waits for those that wait on something
 /// foreign. A foreign completion comes back to this context, which must not die before.
 inline void Core::abandon_calls() noexcept {
+  if (gate_.in_flight() == 0) return;
+  // What is ready takes one step, so that it parks while the services still work, and is destroyed like the rest.
+  OperationMemory memory;
+  bool all_have_stepped = false;
+  post_in(memory, [&] { all_have_stepped = true; });
+  while (!all_have_stepped) {
+    context_.restart();
+    survive([&] { return context_.run_one(); });
+  }
+
+  bool cancelled = false;
   for (int handlers = 0; gate_.in_flight() != 0;) {
     survive([&] { return context_.destroy_parked(), 0; });
     context_.restart();
-    if (survive([&] { return context_.poll_one(); }) == 0) {
-      handlers = 0;
+    const bool idle = survive([&] { return context_.poll_one(); }) == 0;
+    if (!idle && ++handlers < patience) continue;
+    handlers = 0;
+    if (!cancelled) {
+      // What is left comes back from elsewhere or goes in circles. Let it end at its next co_await, for on services
+      // that are shut down operations seem to succeed.
+      cancelled = true;
+      emit_to_all([](Call& call) { return call.stopped_ = true; });
+    } else if (idle) {
       survive([&] { return context_.run_one(); });
-    } else if (++handlers == patience) {
-      handlers = 0;
+    } else {
+      // It ignores cancellation, and never waits.
       survive([&] { return context_.destroy_all(), 0; });
     }
   }
@@ -1274,21 +1334,22 @@ class [[nodiscard]] JoinHandle {
     JoinHandle taken(std::move(other));
     std::swap(core_, taken.core_);
     std::swap(call_, taken.call_);
+    std::swap(joined_, taken.joined_);
     return *this;
   }
   ~JoinHandle() {
-    if (!call_) return;
+    if (!joinable()) return;
     request_stop();
     (void)wait_until(detail::SteadyTime::max());
   }
 
   /// Whether there is a task to be joined.
-  [[nodiscard]] bool joinable() const noexcept { return call_ != nullptr; }
+  [[nodiscard]] bool joinable() const noexcept { return call_ && !joined_; }
 
   /// Waits until the task is over, and gives what `block_on` would. Once: the handle has no task any more, unless the
   /// result is `WouldDeadlock`. Throws `std::system_error` (`std::errc::invalid_argument`) if it had none.
   Result<T> join() {
-    if (!call_) {
+    if (!joinable()) {
       throw std::system_error(std::make_error_code(std::errc::invalid_argument), "runtime_bridge: join without a task");
     }
     if (!call_->answered()) {
@@ -1299,8 +1360,8 @@ class [[nodiscard]] JoinHandle {
       }
       call_->wait();
     }
-    const auto call = std::move(call_);
-    return call->result();
+    joined_ = true;
+    return call_->result();
   }
 
   /// Waits until the task is over, but not for longer than this. True if it is over, or if there is none.
@@ -1309,8 +1370,8 @@ class [[nodiscard]] JoinHandle {
     return wait_until(detail::time_after(timeout));
   }
 
-  /// Whether the task is over, or there is none.
-  [[nodiscard]] bool done() const noexcept { return !call_ || call_->answered(); }
+  /// Whether the task is over, or there is none (as in a forked child).
+  [[nodiscard]] bool done() const noexcept { return !call_ || call_->answered() || core_->forked(); }
 
   /// Asks for the cancellation of the task, as a stop does for `block_on`. Does not wait.
   void request_stop() noexcept {
@@ -1328,7 +1389,7 @@ class [[nodiscard]] JoinHandle {
 
   bool wait_until(detail::SteadyTime deadline) const {
     if (done()) return true;
-    if (core_->forked() || !core_->begin_wait(call_.get())) return false;
+    if (!core_->begin_wait(call_.get())) return false;
     const bool over = call_->wait_until(deadline);
     if (!over) core_->end_wait(call_.get());
     return over;
@@ -1336,6 +1397,7 @@ class [[nodiscard]] JoinHandle {
 
   std::shared_ptr<detail::Core> core_;
   std::shared_ptr<detail::ResultCall<T>> call_;
+  bool joined_ = false;  // `call_` stays, for other threads may be asking it to stop
 };
 
 template <class Task>

@@ -2,6 +2,7 @@
 //
 // The end of a bridge by its destructor, on or off its worker, and by someone who stops its context.
 
+#include <asio/ip/tcp.hpp>
 #include <asio/thread_pool.hpp>
 #include <atomic>
 #include <latch>
@@ -210,6 +211,61 @@ TEST_CASE("destructor: a task that comes back from something foreign and then pa
   caller.join();
   CHECK(result == response_lost);
   CHECK(ended == worker);
+}
+
+TEST_CASE("destructor: a task that is ready to go on does not take a dead timer for one that has expired") {
+  std::optional<RuntimeBridge> bridge(std::in_place);
+  bool expired = false;
+  std::binary_semaphore busy(0), go_on(0);
+  auto task = bridge->submit([&]() -> awaitable<void> {
+    co_await asio::post(use_awaitable);  // queued behind the handler below
+    asio::steady_timer timer(co_await asio::this_coro::executor, 1h);
+    co_await timer.async_wait(use_awaitable);
+    expired = true;
+  });
+  asio::post(bridge->get_executor(), [&] {
+    busy.release();
+    go_on.acquire();
+  });
+  busy.acquire();
+  bridge->get_executor().context().stop();
+  go_on.release();
+  bridge.reset();
+  CHECK(outcome(task.join()) == response_lost);
+  CHECK_FALSE(expired);
+}
+
+TEST_CASE("destructor: a task that goes to and fro between here and a pool ends") {
+  asio::thread_pool pool(1);
+  std::optional<RuntimeBridge> bridge(std::in_place);
+  std::latch under_way(1);
+  auto task = bridge->submit([&]() -> awaitable<void> {
+    co_await asio::post(pool, use_awaitable);
+    under_way.count_down();
+    for (;;) co_await asio::post(pool, use_awaitable);
+  });
+  under_way.wait();
+  bridge.reset();
+  CHECK(outcome(task.join()) == response_lost);
+  pool.join();
+}
+
+TEST_CASE("destructor: a task that looks up names") {
+  for (int round = 0; round < 20; ++round) {
+    auto bridge = std::make_unique<RuntimeBridge>();
+    std::counting_semaphore<> under_way(0);
+    auto task = bridge->submit([&]() -> awaitable<void> {
+      asio::ip::tcp::resolver resolver(co_await asio::this_coro::executor);
+      for (;;) {
+        (void)co_await resolver.async_resolve("127.0.0.1", "80", use_awaitable);
+        under_way.release();
+        co_await asio::post(use_awaitable);
+      }
+    });
+    under_way.acquire();
+    bridge.reset();
+    REQUIRE(outcome(task.join()) == response_lost);
+  }
 }
 
 // Race: pool threads hand tasks back to the context while the worker destroys what is parked on it.

@@ -46,6 +46,18 @@ TEST_CASE("fork: of a task on the worker") {
   CHECK(bridge->block_on([] { return 3; }) == 3);
 }
 
+TEST_CASE("fork: a handle in the child waits for nothing") {
+  RuntimeBridge bridge;
+  auto parked = bridge.submit(park());
+  await_calls(bridge, 1);
+  CHECK(in_child_process([&] {
+          if (!parked.done() || !parked.wait_for(1h)) return 1;
+          parked.request_stop();
+          return parked.join().error() == BridgeError::WorkerDead ? 0 : 2;
+        }) == 0);
+  CHECK_FALSE(parked.done());
+}
+
 TEST_CASE("fork: the child of a child") {
   RuntimeBridge bridge;
   CHECK(in_child_process([&] {

@@ -129,6 +129,18 @@ TEST_CASE("submit: request_stop cancels, once the task is over it changes nothin
   CHECK(outcome(failed.join()) == response_lost + ": before the stop");
 }
 
+// Race: one thread joins, another asks for the stop.
+TEST_CASE("submit: a stop against join") {
+  RuntimeBridge bridge;
+  for (int round = 0; round < 1'000; ++round) {
+    auto handle = bridge.submit(park());
+    std::jthread stopper([&handle] {
+      while (!handle.done()) handle.request_stop();
+    });
+    REQUIRE(handle.join().error() == BridgeError::Cancelled);
+  }
+}
+
 TEST_CASE("submit: a stop before the task was started leaves it unrun") {
   RuntimeBridge bridge;
   std::binary_semaphore go_on(0);
