@@ -121,18 +121,18 @@ TEST_CASE("shutdown: cancel reaches all, though the cancellation of one throws")
   Options options;
   options.on_stray_exception = [&](const std::exception_ptr&) { ++strays; };
   RuntimeBridge bridge(options);
-  bool may_end = false;
-  auto throws = bridge.submit([&may_end]() -> awaitable<void> {
+  asio::steady_timer timer(bridge.get_executor(), 24h);
+  auto throws = bridge.submit([&timer]() -> awaitable<void> {
     auto slot = (co_await asio::this_coro::cancellation_state).slot();
     slot.assign([](asio::cancellation_type) { throw 1; });
-    // Posts without a slot of their own, so that the one above stays.
-    while (!may_end) co_await asio::post(asio::bind_cancellation_slot(asio::cancellation_slot(), use_awaitable));
+    // With a slot of its own, so that the one above stays as it is.
+    co_await timer.async_wait(asio::bind_cancellation_slot(asio::cancellation_slot(), use_awaitable));
   });
-  auto parked = bridge.submit([&may_end]() -> awaitable<void> {
+  auto parked = bridge.submit([&timer]() -> awaitable<void> {
     try {
       co_await park();
     } catch (...) {
-      may_end = true;
+      timer.cancel();
       throw;
     }
   });
