@@ -1205,7 +1205,8 @@ class RuntimeBridge {
   }
 
   /// Stops the worker now and joins it. Suspended tasks are destroyed on the worker, and their callers get
-  /// `ResponseLost`. A task that waits for something foreign (another context, a pool) is waited for.
+  /// `ResponseLost`; a task that is ready to go on does so until it waits. A task that waits for something foreign
+  /// (another context, a pool, a look-up of a name) is cancelled and waited for.
   ~RuntimeBridge() {
     if (!core_) return;
     if (core_->forked()) {
@@ -1347,7 +1348,8 @@ class [[nodiscard]] JoinHandle {
   [[nodiscard]] bool joinable() const noexcept { return call_ && !joined_; }
 
   /// Waits until the task is over, and gives what `block_on` would. Once: the handle has no task any more, unless the
-  /// result is `WouldDeadlock`. Throws `std::system_error` (`std::errc::invalid_argument`) if it had none.
+  /// result is `WouldDeadlock`, or `WorkerDead` in a forked child. Throws `std::system_error`
+  /// (`std::errc::invalid_argument`) if it had none.
   Result<T> join() {
     if (!joinable()) {
       throw std::system_error(std::make_error_code(std::errc::invalid_argument), "runtime_bridge: join without a task");
