@@ -473,11 +473,13 @@ struct OperationAllocator {
   OperationMemory* memory;
 };
 
+/// Nanoseconds that do not overflow, for sums with whatever a caller gives.
+using Exact = std::chrono::duration<long double, std::nano>;
+
 /// The time until `deadline`: none if it has passed, and else not more than an hour. Long waits are taken in steps, so
 /// that no sum overflows, and a clock that can be set is looked at every second.
 template <class Clock, class Duration>
 std::chrono::nanoseconds time_left(const std::chrono::time_point<Clock, Duration>& deadline) {
-  using Exact = std::chrono::duration<long double, std::nano>;
   constexpr std::chrono::seconds step(Clock::is_steady ? 3600 : 1);
   const Exact left = Exact(deadline.time_since_epoch()) - Exact(Clock::now().time_since_epoch());
   if (!(left > Exact::zero())) return std::chrono::nanoseconds::zero();
@@ -489,7 +491,6 @@ using SteadyTime = std::chrono::steady_clock::time_point;
 /// The time after `duration` from now; `max()` if that is further off than the clock can tell.
 template <class Rep, class Period>
 SteadyTime time_after(const std::chrono::duration<Rep, Period>& duration) {
-  using Exact = std::chrono::duration<long double, std::nano>;
   const SteadyTime now = std::chrono::steady_clock::now();
   const Exact exact(duration);
   if (!(exact > Exact::zero())) return now;
