@@ -1,0 +1,703 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// examples/support/curl.hpp, against a server in this process that fails on purpose.
+
+#include "support/curl.hpp"
+
+#include <dlfcn.h>
+#include <netdb.h>
+#include <sys/socket.h>
+
+#include <asio/post.hpp>
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <list>
+#include <memory>
+#include <optional>
+#include <semaphore>
+
+#include "http_server.hpp"
+#include "support.hpp"
+
+namespace {
+
+/// While it lives, whoever looks up this name waits.
+class SlowName {
+ public:
+  static constexpr const char* name = "slow.test";
+  SlowName() { enabled = true; }
+  ~SlowName() {
+    enabled = false;
+    await_state([] { return waiting == 0; });
+  }
+  static void look_up() {
+    ++waiting;
+    while (enabled) std::this_thread::sleep_for(1ms);
+    --waiting;
+  }
+  static inline std::atomic<int> waiting = 0;
+
+ private:
+  static inline std::atomic<bool> enabled = false;
+};
+
+}  // namespace
+
+// Before libc's own: libcurl's thread calls it.
+extern "C" int getaddrinfo(const char* node, const char* service, const addrinfo* hints, addrinfo** result) {
+  if (node && std::strcmp(node, SlowName::name) == 0) {
+    SlowName::look_up();
+    return EAI_FAIL;
+  }
+  static const auto real = reinterpret_cast<decltype(&getaddrinfo)>(dlsym(RTLD_NEXT, "getaddrinfo"));
+  return real(node, service, hints, result);
+}
+
+namespace {
+
+constexpr std::size_t mebibyte = std::size_t{1} << 20U;
+
+/// Tries again without delay, unless told otherwise.
+curl::Options quick() {
+  curl::Options options;
+  options.first_delay = 1ms;
+  options.max_delay = 10ms;
+  return options;
+}
+
+/// A bridge with a client on it.
+class Http {
+ public:
+  explicit Http(curl::Options options = quick()) : client(bridge.get_executor(), options) {}
+  Http(const Http&) = delete;
+  Http& operator=(const Http&) = delete;
+  ~Http() {
+    (void)bridge.block_on([&] { client.close(); });
+  }
+
+  curl::Response fetch(const curl::Request& request) {
+    return unwrap(bridge.block_on([&] { return client.fetch(request); }));
+  }
+  curl::Response get(const std::string& url) { return fetch({"GET", url}); }
+
+  CURLcode failure(const curl::Request& request) {
+    try {
+      fetch(request);
+      return CURLE_OK;
+    } catch (const curl::Error& e) {
+      return e.code();
+    }
+  }
+
+  /// Whether a deadline ends the transfer, soon after it has passed.
+  bool ends_in_time(const curl::Request& request) {
+    const auto start = std::chrono::steady_clock::now();
+    const auto result = bridge.block_on_for([&] { return client.fetch(request); }, 100ms);
+    return !result && result.error() == BridgeError::TimedOut && std::chrono::steady_clock::now() - start < 2s;
+  }
+
+  RuntimeBridge bridge;
+  curl::Client client;
+};
+
+curl::Request upload(const std::string& url, std::string_view text, const std::string& method = "PUT") {
+  curl::Request request(method, url);
+  request.body_size = text.size();
+  request.open_body = [text] { return curl::from_memory(text); };
+  return request;
+}
+
+/// A body that follows from its length, and a sink that looks whether that is what came.
+std::string pattern(std::size_t size) {
+  std::string text(size, '\0');
+  for (std::size_t i = 0; i < size; ++i) text[i] = static_cast<char>(i * 2654435761U >> 13U);
+  return text;
+}
+
+curl::Request download(const std::string& url, std::string& into) {
+  curl::Request request("GET", url);
+  request.open_sink = [&into] {
+    into.clear();
+    return [&into](std::string_view piece) -> awaitable<void> {
+      into += piece;
+      co_return;
+    };
+  };
+  return request;
+}
+
+/// A sink, and a source, that never come back.
+curl::Request stuck_download(const std::string& url) {
+  curl::Request request("GET", url);
+  request.open_sink = [] { return [](std::string_view) { return park(); }; };
+  return request;
+}
+curl::Request stuck_upload(const std::string& url) {
+  curl::Request request("PUT", url);
+  request.body_size = 100;
+  request.open_body = [] {
+    return [](std::span<char>) -> awaitable<std::size_t> {
+      co_await park();
+      co_return 0;
+    };
+  };
+  return request;
+}
+
+/// A port to which nobody can connect, and where nobody is refused either: the queue of its listener is full.
+class FullPort {
+ public:
+  FullPort() {
+    acceptor_.listen(0);
+    for (asio::ip::tcp::socket& socket : sockets_) {
+      socket.open(asio::ip::tcp::v4());
+      socket.non_blocking(true);
+      std::error_code in_progress;
+      socket.connect(acceptor_.local_endpoint(), in_progress);
+    }
+  }
+  [[nodiscard]] std::string url() const {
+    return "http://127.0.0.1:" + std::to_string(acceptor_.local_endpoint().port()) + "/";
+  }
+
+ private:
+  asio::io_context context_;
+  asio::ip::tcp::acceptor acceptor_ = [this] {
+    asio::ip::tcp::acceptor acceptor(context_, asio::ip::tcp::v4());
+    acceptor.bind({asio::ip::address_v4::loopback(), 0});
+    return acceptor;
+  }();
+  std::array<asio::ip::tcp::socket, 4> sockets_{asio::ip::tcp::socket(context_), asio::ip::tcp::socket(context_),
+                                                asio::ip::tcp::socket(context_), asio::ip::tcp::socket(context_)};
+};
+
+awaitable<bool> hello(Exchange& exchange) {
+  co_await exchange.answer(200, "hello");
+  co_return true;
+}
+
+awaitable<bool> never(Exchange& exchange) {
+  co_await exchange.silence();
+  co_return false;
+}
+
+/// Fails as often as it is told, in one way or another; what it then says is "hello".
+class Flaky {
+ public:
+  enum How { with_503, with_501, by_hanging_up, by_hanging_up_half_way };
+  Flaky(How how, int times) : how_(how), times_(times) {}
+
+  awaitable<bool> operator()(Exchange& exchange) {
+    last_body = co_await exchange.body();
+    if (times_-- <= 0) co_return co_await hello(exchange);
+    switch (how_) {
+      case with_503: co_await exchange.answer(503, "not now"); co_return true;
+      case with_501: co_await exchange.answer(501, "never"); co_return true;
+      case by_hanging_up: break;
+      case by_hanging_up_half_way: co_await exchange.write("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhe"); break;
+    }
+    co_return false;
+  }
+
+  std::string last_body;  // to be looked at when the answer has come
+
+ private:
+  How how_;
+  int times_;
+};
+
+HttpServer::Handler handler(Flaky& flaky) {
+  return [&flaky](Exchange& exchange) { return flaky(exchange); };
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Requests and answers
+
+TEST_CASE("curl: the request arrives as it was made, and the status is a value") {
+  std::string seen;
+  HttpServer server([&](Exchange& exchange) -> awaitable<bool> {
+    const std::string body = co_await exchange.body();
+    seen = exchange.method + ' ' + exchange.target + ' ' + exchange.headers["x-colour"] + ' ' +
+           exchange.headers["content-length"] + ' ' + body;
+    co_await exchange.answer(exchange.target == "/gone" ? 404 : 201, "made");
+    co_return true;
+  });
+  Http http;
+  curl::Request put = upload(server.url("/a/../b%20c?x=1&y=%2B"), "text");
+  put.headers = {"X-Colour: blue"};
+  const curl::Response made = http.fetch(put);
+  CHECK(made.status == 201);
+  CHECK(made.body == "made");
+  CHECK(seen == "PUT /a/../b%20c?x=1&y=%2B blue 4 text");
+  CHECK(http.get(server.url("/gone")).status == 404);
+  CHECK(seen == "GET /gone   ");
+  CHECK(http.fetch({"HEAD", server.url()}).body.empty());
+  CHECK(seen == "HEAD /   ");
+  CHECK(http.fetch({"DELETE", server.url()}).body == "made");
+  CHECK(seen == "DELETE /   ");
+  CHECK(http.fetch({"POST", server.url()}).body == "made");
+  CHECK(seen == "POST /  0 ");
+  CHECK(http.fetch(upload(server.url(), "", "PUT")).body == "made");
+  CHECK(seen == "PUT /  0 ");
+  CHECK(server.connections == 1);
+}
+
+TEST_CASE("curl: an answer in chunks") {
+  HttpServer server([](Exchange& exchange) -> awaitable<bool> {
+    co_await exchange.write("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n");
+    co_await exchange.write("6\r\n world\r\n0\r\n\r\n");
+    co_return true;
+  });
+  Http http;
+  std::string text;
+  CHECK(http.get(server.url()).body == "hello world");
+  CHECK(http.fetch(download(server.url(), text)).body.empty());
+  CHECK(text == "hello world");
+}
+
+TEST_CASE("curl: large bodies, both ways at once") {
+  const std::string large = pattern(24 * mebibyte);
+  std::string arrived;
+  HttpServer server([&](Exchange& exchange) -> awaitable<bool> {
+    arrived = co_await exchange.body();
+    co_await exchange.answer(200, large);
+    co_return true;
+  });
+  Http http;
+  std::string back;
+  curl::Request request = download(server.url(), back);
+  request.method = "PUT";
+  request.body_size = large.size();
+  request.open_body = [&] { return curl::from_memory(large); };
+  CHECK(http.fetch(request).status == 200);
+  CHECK(arrived == large);
+  CHECK(back == large);
+}
+
+TEST_CASE("curl: what is not asked for does not get into the sink, nor into memory without a limit") {
+  HttpServer server([](Exchange& exchange) -> awaitable<bool> {
+    co_await exchange.answer(exchange.target == "/gone" ? 404 : 200, std::string(1000, 'x'));
+    co_return true;
+  });
+  std::string text;
+  curl::Options options = quick();
+  options.max_body = 999;
+  CHECK(Http(options).failure({"GET", server.url()}) == CURLE_FILESIZE_EXCEEDED);
+  CHECK(Http(options).fetch(download(server.url(), text)).body.empty());
+  CHECK(text.size() == 1000);
+  options.max_body = 1000;
+  CHECK(Http(options).fetch(download(server.url("/gone"), text)).body.size() == 1000);
+  CHECK(text.empty());
+}
+
+TEST_CASE("curl: a source that gives too little or too much is an error, and nobody waits for the rest") {
+  HttpServer server([](Exchange& exchange) -> awaitable<bool> {
+    co_await exchange.body();
+    co_await exchange.answer(200);
+    co_return true;
+  });
+  Http http;
+  for (const std::uint64_t announced : {0, 3, 5, 200'000}) {
+    curl::Request request = upload(server.url(), "text");
+    request.body_size = announced;
+    CHECK(http.failure(request) == (announced == 0 ? CURLE_OK : CURLE_BAD_FUNCTION_ARGUMENT));
+  }
+}
+
+TEST_CASE("curl: what a source or a sink throws ends the transfer and comes out") {
+  HttpServer server(hello);
+  Http http;
+  curl::Request request("GET", server.url());
+  request.open_sink = [] {
+    return [](std::string_view) -> awaitable<void> {
+      throw std::domain_error("full");
+      co_return;
+    };
+  };
+  CHECK_THROWS_AS(http.fetch(request), std::domain_error);
+  CHECK(http.get(server.url()).body == "hello");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Connections
+
+TEST_CASE("curl: connections are kept") {
+  HttpServer server(hello);
+  Http http;
+  for (int i = 0; i < 50; ++i) REQUIRE(http.get(server.url()).body == "hello");
+  CHECK(server.connections == 1);
+}
+
+TEST_CASE("curl: the numbers of closed sockets are used again") {
+  HttpServer server([](Exchange& exchange) -> awaitable<bool> {
+    co_await exchange.answer(200, "hello", "Connection: close\r\n");
+    co_return false;
+  });
+  Http http;
+  for (int round = 0; round < 50; ++round) {
+    std::list<runtime_bridge::JoinHandle<curl::Response>> calls;
+    for (int i = 0; i < 8; ++i) {
+      calls.push_back(http.bridge.submit([&] { return http.client.fetch({"GET", server.url()}); }));
+    }
+    for (auto& call : calls) REQUIRE(unwrap(call.join()).body == "hello");
+  }
+  CHECK(server.connections == 400);
+}
+
+TEST_CASE("curl: many at a time over few connections; those that queue are not late to connect") {
+  HttpServer server([](Exchange& exchange) -> awaitable<bool> {
+    asio::steady_timer timer(exchange.socket.get_executor(), 20ms);
+    co_await timer.async_wait(use_awaitable);
+    co_return co_await hello(exchange);
+  });
+  curl::Options options = quick();
+  options.max_connections = 4;
+  options.connect_timeout = 100ms;
+  Http http(options);
+  std::list<runtime_bridge::JoinHandle<curl::Response>> calls;
+  for (int i = 0; i < 100; ++i) {
+    calls.push_back(http.bridge.submit([&] { return http.client.fetch({"GET", server.url()}); }));
+  }
+  // Some of the queue go, and the others come all the same.
+  for (int i = 0; i < 10; ++i) calls.pop_back();
+  for (auto& call : calls) REQUIRE(unwrap(call.join()).body == "hello");
+  CHECK(server.most_open == 4);
+}
+
+TEST_CASE("curl: nobody there, and nobody who answers") {
+  curl::Options options = quick();
+  options.connect_timeout = 100ms;
+  options.max_attempts = 1;
+  Http http(options);
+  const FullPort full;
+  CHECK(http.failure({"GET", full.url()}) == CURLE_OPERATION_TIMEDOUT);
+  CHECK(http.failure({"GET", "http://127.0.0.1:1/"}) == CURLE_COULDNT_CONNECT);
+  CHECK(http.failure({"GET", "file:///etc/hostname"}) == CURLE_UNSUPPORTED_PROTOCOL);
+}
+
+TEST_CASE("curl: a server that stalls is given up; a slow source or sink is not the server's fault") {
+  HttpServer server([](Exchange& exchange) -> awaitable<bool> {
+    co_await exchange.body();
+    if (exchange.target == "/") co_return co_await hello(exchange);
+    co_await exchange.write("HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhe");
+    co_return co_await never(exchange);
+  });
+  curl::Options options = quick();
+  options.stall_timeout = 1s;
+  options.max_attempts = 1;
+  Http http(options);
+  CHECK(http.failure({"GET", server.url("/stall")}) == CURLE_OPERATION_TIMEDOUT);
+
+  const auto slowly = []() -> awaitable<void> {
+    asio::steady_timer timer(co_await asio::this_coro::executor, 3s);
+    co_await timer.async_wait(use_awaitable);
+  };
+  curl::Request request("PUT", server.url());
+  request.body_size = 1;
+  request.open_body = [&] {
+    return [&](std::span<char> room) -> awaitable<std::size_t> {
+      co_await slowly();
+      room[0] = 'x';
+      co_return 1;
+    };
+  };
+  request.open_sink = [&] { return [&](std::string_view) { return slowly(); }; };
+  CHECK(http.failure(request) == CURLE_OK);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Bounded memory
+
+TEST_CASE("curl: a server that does not read slows the source down") {
+  constexpr std::size_t size = 128 * mebibyte;
+  std::atomic<std::size_t> given = 0, read = 0;
+  std::binary_semaphore go_on(0);
+  HttpServer server([&](Exchange& exchange) -> awaitable<bool> {
+    co_await exchange.invite();
+    go_on.acquire();
+    while (read < size) {
+      const std::string piece = co_await exchange.some();
+      read += piece.size();
+    }
+    co_return co_await hello(exchange);
+  });
+  Http http;
+  curl::Request request("PUT", server.url());
+  request.body_size = size;
+  request.open_body = [&] {
+    return [&](std::span<char> room) -> awaitable<std::size_t> {
+      REQUIRE(room.size() <= 65536);
+      given += room.size();
+      co_return room.size();
+    };
+  };
+  auto call = http.bridge.submit([&] { return http.client.fetch(request); });
+  std::size_t before = 0;
+  do {  // until it has come to a standstill
+    before = given;
+    std::this_thread::sleep_for(200ms);
+  } while (given == 0 || given != before);
+  CHECK(given < 16 * mebibyte);  // most of it in the kernel's socket buffers
+  go_on.release();
+  CHECK(unwrap(call.join()).body == "hello");
+  CHECK(given == size);
+  CHECK(read == size);
+}
+
+TEST_CASE("curl: a sink that does not take slows the server down") {
+  constexpr std::size_t size = 128 * mebibyte;
+  std::atomic<std::size_t> sent = 0, taken = 0;
+  HttpServer server([&](Exchange& exchange) -> awaitable<bool> {
+    const std::string piece(65536, 'x');
+    co_await exchange.write("HTTP/1.1 200 OK\r\nContent-Length: " + std::to_string(size) + "\r\n\r\n");
+    while (sent < size) {
+      co_await exchange.write(piece);
+      sent += piece.size();
+    }
+    co_return true;
+  });
+  Http http;
+  asio::steady_timer gate(http.bridge.get_executor(), 24h);
+  curl::Request request("GET", server.url());
+  request.open_sink = [&] {
+    return [&](std::string_view piece) -> awaitable<void> {
+      REQUIRE(piece.size() <= 65536);
+      std::error_code opened;
+      co_await gate.async_wait(asio::redirect_error(use_awaitable, opened));
+      taken += piece.size();
+    };
+  };
+  auto call = http.bridge.submit([&] { return http.client.fetch(request); });
+  std::size_t before = 0;
+  do {
+    before = sent;
+    std::this_thread::sleep_for(200ms);
+  } while (sent == 0 || sent != before);
+  CHECK(sent < 16 * mebibyte);
+  CHECK(taken == 0);
+  // The worker is free meanwhile, and so are the client's other transfers.
+  CHECK(http.bridge.block_on_for([] { return 1; }, 1s) == 1);
+  unwrap(http.bridge.block_on([&] { gate.expires_after(0s); }));
+  CHECK(unwrap(call.join()).status == 200);
+  CHECK(taken == size);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Trying again
+
+TEST_CASE("curl: what fails for a while is tried again, if it is idempotent") {
+  const auto how = GENERATE(Flaky::with_503, Flaky::by_hanging_up, Flaky::by_hanging_up_half_way);
+  const std::string method = GENERATE("GET", "PUT", "DELETE");
+  Flaky flaky(how, 3);
+  HttpServer server(handler(flaky));
+  Http http;
+  std::string text;
+  curl::Request request = upload(server.url(), "text", method);
+  request.open_sink = download(server.url(), text).open_sink;
+  CHECK(http.fetch(request).status == 200);
+  CHECK(text == "hello");  // and not "hehehello"
+  CHECK(flaky.last_body == "text");
+  CHECK(server.requests == 4);
+}
+
+TEST_CASE("curl: it is tried so many times, and the last failure is the result") {
+  Flaky flaky(Flaky::with_503, 1000);
+  HttpServer server(handler(flaky));
+  const curl::Response response = Http().get(server.url());
+  CHECK(response.status == 503);
+  CHECK(response.body == "not now");
+  CHECK(server.requests == 4);
+
+  Flaky gone(Flaky::by_hanging_up, 1000);
+  HttpServer other(handler(gone));
+  CHECK(Http().failure({"GET", other.url()}) == CURLE_GOT_NOTHING);
+  CHECK(other.requests == 4);
+}
+
+TEST_CASE("curl: what is not idempotent, or will not get better, is sent once") {
+  Http http;
+  Flaky busy(Flaky::with_503, 1000);
+  HttpServer busy_server(handler(busy));
+  CHECK(http.fetch(upload(busy_server.url(), "text", "POST")).status == 503);
+  CHECK(http.fetch(upload(busy_server.url(), "text", "PATCH")).status == 503);
+  CHECK(busy_server.requests == 2);
+
+  Flaky gone(Flaky::by_hanging_up, 1000);
+  HttpServer gone_server(handler(gone));
+  CHECK(http.failure({"POST", gone_server.url()}) == CURLE_GOT_NOTHING);
+  CHECK(gone_server.requests == 1);
+
+  Flaky cannot(Flaky::with_501, 1000);
+  HttpServer cannot_server(handler(cannot));
+  CHECK(http.get(cannot_server.url()).status == 501);
+  CHECK(cannot_server.requests == 1);
+}
+
+TEST_CASE("curl: a POST is not sent again by libcurl itself when a kept connection turns out to be dead") {
+  std::atomic<int> posts = 0;
+  HttpServer server([&](Exchange& exchange) -> awaitable<bool> {
+    if (exchange.method == "GET") co_return co_await hello(exchange);
+    ++posts;
+    co_return false;
+  });
+  Http http;
+  CHECK(http.get(server.url()).body == "hello");
+  CHECK(http.failure({"POST", server.url()}) == CURLE_GOT_NOTHING);
+  CHECK(posts == 1);
+}
+
+TEST_CASE("curl: a body or a sink that cannot be had again is not had again") {
+  const bool body = GENERATE(true, false);
+  Flaky flaky(Flaky::by_hanging_up_half_way, 1000);
+  HttpServer server(handler(flaky));
+  bool first = true;
+  std::string text;
+  curl::Request request = upload(server.url(), "text");
+  request.open_sink = download(server.url(), text).open_sink;
+  if (body) {
+    request.open_body = [&] { return std::exchange(first, false) ? curl::from_memory("text") : curl::Source(); };
+  } else {
+    request.open_sink = [&, open = request.open_sink] { return std::exchange(first, false) ? open() : curl::Sink(); };
+  }
+  CHECK(Http().failure(request) == CURLE_PARTIAL_FILE);
+  CHECK(server.requests == 1);
+}
+
+TEST_CASE("curl: Retry-After is heeded, or else it is not tried again") {
+  std::string after = "1";
+  HttpServer server([&](Exchange& exchange) -> awaitable<bool> {
+    const std::string header = "Retry-After: " + after + "\r\n";
+    co_await exchange.answer(after.empty() ? 200 : 503, {}, header);
+    if (after == "1") after.clear();
+    co_return true;
+  });
+  curl::Options options = quick();
+  options.max_delay = 2s;
+  Http http(options);
+  const auto start = std::chrono::steady_clock::now();
+  CHECK(http.get(server.url()).status == 200);
+  CHECK(std::chrono::steady_clock::now() - start >= 1s);
+  CHECK(server.requests == 2);
+  after = "3";
+  CHECK(http.get(server.url()).retry_after == 3s);
+  CHECK(server.requests == 3);
+}
+
+TEST_CASE("curl: the delays grow, up to a limit, and differ") {
+  asio::io_context context;
+  curl::Options options;
+  options.first_delay = 100ms;
+  options.max_delay = 1s;
+  auto driver = std::make_shared<curl::detail::Driver>(context.get_executor(), options);
+  std::array<std::chrono::milliseconds, 3> least{1h, 1h, 1h}, most{};
+  for (int i = 0; i < 1000; ++i) {
+    for (const std::size_t k : {0, 1, 2}) {
+      const auto delay = driver->delay_after(std::array{1, 2, 100}[k]);
+      least[k] = std::min(least[k], delay);
+      most[k] = std::max(most[k], delay);
+    }
+  }
+  CHECK((least[0] >= 50ms && least[0] < 60ms && most[0] > 90ms && most[0] <= 100ms));
+  CHECK((least[1] >= 100ms && least[1] < 120ms && most[1] > 180ms && most[1] <= 200ms));
+  CHECK((least[2] >= 500ms && least[2] < 600ms && most[2] > 900ms && most[2] <= 1s));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The end of a transfer before its end
+
+TEST_CASE("curl: a deadline aborts a transfer, whatever it is waiting for, and its connection is gone") {
+  HttpServer silent(never);
+  HttpServer server(hello);
+  HttpServer reader([](Exchange& exchange) -> awaitable<bool> {
+    co_await exchange.body();
+    co_return true;
+  });
+  Flaky busy(Flaky::with_503, 1000);
+  HttpServer busy_server(handler(busy));
+  const FullPort full;
+  const SlowName slow;
+  const std::size_t before = descriptors_of_this_process();
+  {
+    curl::Options options;
+    options.first_delay = options.max_delay = 1h;
+    Http http(options);
+    CHECK(http.ends_in_time({"GET", silent.url()}));         // for an answer
+    CHECK(http.ends_in_time(stuck_download(server.url())));  // for the sink
+    CHECK(http.ends_in_time(stuck_upload(reader.url())));    // for the source
+    CHECK(http.ends_in_time({"GET", full.url()}));           // for a connection
+    CHECK(http.ends_in_time({"GET", busy_server.url()}));    // to try again
+    CHECK(http.ends_in_time({"GET", std::string("http://") + SlowName::name + "/"}));
+    CHECK(SlowName::waiting == 1);
+    await_state([&] { return silent.open == 0 && reader.open == 0; });
+    CHECK(http.get(server.url()).body == "hello");
+  }
+  await_state([&] { return server.open == 0 && busy_server.open == 0; });
+  CHECK(descriptors_of_this_process() <= before + 1);  // one half of a socket pair belongs to the thread that looks up
+}
+
+TEST_CASE("curl: a stop while it waits to try again") {
+  Flaky busy(Flaky::with_503, 1000);
+  HttpServer server(handler(busy));
+  curl::Options options;
+  options.first_delay = options.max_delay = 1h;
+  Http http(options);
+  auto call = http.bridge.submit([&] { return http.client.fetch({"GET", server.url()}); });
+  await_state([&] { return server.requests == 1; });
+  call.request_stop();
+  const auto result = call.join();
+  REQUIRE_FALSE(result);
+  CHECK(result.error() == BridgeError::Cancelled);
+  CHECK(server.requests == 1);
+}
+
+TEST_CASE("curl: close ends the transfers with an error each, and there are no more") {
+  HttpServer silent(never);
+  HttpServer server(hello);
+  Http http;
+  std::list<runtime_bridge::JoinHandle<curl::Response>> calls;
+  for (const curl::Request& request : {curl::Request("GET", silent.url()), stuck_upload(server.url())}) {
+    calls.push_back(http.bridge.submit([&, request] { return http.client.fetch(request); }));
+  }
+  await_state([&] { return silent.requests == 1 && server.connections == 1; });
+  unwrap(http.bridge.block_on([&] { http.client.close(); }));
+  CHECK(outcome(calls.front().join()) == response_lost + ": the client was closed");
+  calls.pop_front();
+  await_state([&] { return silent.open == 0 && server.open == 0; });
+  CHECK(http.failure({"GET", server.url()}) == CURLE_ABORTED_BY_CALLBACK);
+}
+
+TEST_CASE("curl: the bridge may be destroyed with transfers in any state, and all descriptors come back") {
+  HttpServer silent(never);
+  HttpServer server(hello);
+  Flaky busy(Flaky::with_503, 1000000);
+  HttpServer busy_server(handler(busy));
+  const FullPort full;
+  const std::size_t before = descriptors_of_this_process();
+  for (int round = 0; round < 20; ++round) {
+    std::list<runtime_bridge::JoinHandle<curl::Response>> calls;
+    {
+      RuntimeBridge bridge;
+      curl::Options options;
+      options.max_connections = 6;
+      options.first_delay = options.max_delay = 1h;
+      const curl::Client client(bridge.get_executor(), options);
+      for (const curl::Request& request :
+           {curl::Request("GET", silent.url()), stuck_download(server.url()), stuck_upload(server.url()),
+            curl::Request("GET", full.url()), curl::Request("GET", busy_server.url()),
+            curl::Request("GET", silent.url()), curl::Request("GET", server.url())}) {
+        // Each task has a copy of the client.
+        calls.push_back(bridge.submit([client, request] { return client.fetch(request); }));
+      }
+      if (round % 2 == 0) await_state([&] { return silent.open == 2 && busy_server.requests >= round + 1; });
+    }
+    for (auto& call : calls) {
+      const std::string result = outcome(call.join());
+      REQUIRE((result == response_lost || result == "value" || result == worker_dead));
+    }
+    await_state([&] { return silent.open == 0 && server.open == 0 && busy_server.open == 0; });
+  }
+  CHECK(descriptors_of_this_process() == before);
+}
