@@ -30,6 +30,11 @@ elseif(RUNTIME_BRIDGE_SANITIZER)
   message(FATAL_ERROR "RUNTIME_BRIDGE_SANITIZER is \"${RUNTIME_BRIDGE_SANITIZER}\": it must be address, thread or empty")
 endif()
 
+# The clients of the examples, and of the tests of their support headers.
+find_package(PostgreSQL QUIET)
+find_package(CURL 7.75 QUIET)  # the first with CURLOPT_AWS_SIGV4
+find_package(OpenSSL QUIET COMPONENTS Crypto)
+
 # Before 1.24 Asio does not see that clang has coroutines.
 function(runtime_bridge_check_coroutines)
   include(CheckCXXSourceCompiles)

@@ -20,6 +20,10 @@
 #include "http_server.hpp"
 #include "support.hpp"
 
+#if __has_include(<catch2/generators/catch_generators.hpp>)
+#include <catch2/generators/catch_generators.hpp>
+#endif
+
 namespace {
 
 /// While it lives, whoever looks up this name waits.
@@ -150,11 +154,12 @@ class FullPort {
  public:
   FullPort() {
     acceptor_.listen(0);
+    const auto address = acceptor_.local_endpoint();
     for (asio::ip::tcp::socket& socket : sockets_) {
       socket.open(asio::ip::tcp::v4());
       socket.non_blocking(true);
-      std::error_code in_progress;
-      socket.connect(acceptor_.local_endpoint(), in_progress);
+      // Asio's connect would wait.
+      (void)::connect(socket.native_handle(), address.data(), static_cast<socklen_t>(address.size()));
     }
   }
   [[nodiscard]] std::string url() const {
@@ -242,7 +247,7 @@ TEST_CASE("curl: the request arrives as it was made, and the status is a value")
   CHECK(seen == "POST /  0 ");
   CHECK(http.fetch(upload(server.url(), "", "PUT")).body == "made");
   CHECK(seen == "PUT /  0 ");
-  CHECK(server.connections == 1);
+  CHECK(server.connections == 2);  // of which one for the POST, see below
 }
 
 TEST_CASE("curl: an answer in chunks") {
@@ -413,7 +418,7 @@ TEST_CASE("curl: a server that stalls is given up; a slow source or sink is not 
 
 TEST_CASE("curl: a server that does not read slows the source down") {
   constexpr std::size_t size = 128 * mebibyte;
-  std::atomic<std::size_t> given = 0, read = 0;
+  std::atomic<std::size_t> given = 0, read = 0, most = 0;
   std::binary_semaphore go_on(0);
   HttpServer server([&](Exchange& exchange) -> awaitable<bool> {
     co_await exchange.invite();
@@ -429,14 +434,14 @@ TEST_CASE("curl: a server that does not read slows the source down") {
   request.body_size = size;
   request.open_body = [&] {
     return [&](std::span<char> room) -> awaitable<std::size_t> {
-      REQUIRE(room.size() <= 65536);
+      most = std::max<std::size_t>(most, room.size());
       given += room.size();
       co_return room.size();
     };
   };
   auto call = http.bridge.submit([&] { return http.client.fetch(request); });
   std::size_t before = 0;
-  do {  // until it has come to a standstill
+  do {  // until it has come to a standstill. On a machine so slow that it only seems so, this test is less strict
     before = given;
     std::this_thread::sleep_for(200ms);
   } while (given == 0 || given != before);
@@ -445,11 +450,12 @@ TEST_CASE("curl: a server that does not read slows the source down") {
   CHECK(unwrap(call.join()).body == "hello");
   CHECK(given == size);
   CHECK(read == size);
+  CHECK(most <= 65536);
 }
 
 TEST_CASE("curl: a sink that does not take slows the server down") {
   constexpr std::size_t size = 128 * mebibyte;
-  std::atomic<std::size_t> sent = 0, taken = 0;
+  std::atomic<std::size_t> sent = 0, taken = 0, most = 0;
   HttpServer server([&](Exchange& exchange) -> awaitable<bool> {
     const std::string piece(65536, 'x');
     co_await exchange.write("HTTP/1.1 200 OK\r\nContent-Length: " + std::to_string(size) + "\r\n\r\n");
@@ -464,7 +470,7 @@ TEST_CASE("curl: a sink that does not take slows the server down") {
   curl::Request request("GET", server.url());
   request.open_sink = [&] {
     return [&](std::string_view piece) -> awaitable<void> {
-      REQUIRE(piece.size() <= 65536);
+      most = std::max<std::size_t>(most, piece.size());
       std::error_code opened;
       co_await gate.async_wait(asio::redirect_error(use_awaitable, opened));
       taken += piece.size();
@@ -483,6 +489,7 @@ TEST_CASE("curl: a sink that does not take slows the server down") {
   unwrap(http.bridge.block_on([&] { gate.expires_after(0s); }));
   CHECK(unwrap(call.join()).status == 200);
   CHECK(taken == size);
+  CHECK(most <= 65536);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -567,11 +574,13 @@ TEST_CASE("curl: a body or a sink that cannot be had again is not had again") {
 }
 
 TEST_CASE("curl: Retry-After is heeded, or else it is not tried again") {
-  std::string after = "1";
+  std::atomic<int> ask_for = 1;  // 0: an answer
   HttpServer server([&](Exchange& exchange) -> awaitable<bool> {
-    const std::string header = "Retry-After: " + after + "\r\n";
-    co_await exchange.answer(after.empty() ? 200 : 503, {}, header);
-    if (after == "1") after.clear();
+    const int seconds = ask_for;
+    if (seconds == 1) ask_for = 0;
+    if (seconds == 0) co_return co_await hello(exchange);
+    const std::string header = "Retry-After: " + std::to_string(seconds) + "\r\n";
+    co_await exchange.answer(503, {}, header);
     co_return true;
   });
   curl::Options options = quick();
@@ -581,7 +590,7 @@ TEST_CASE("curl: Retry-After is heeded, or else it is not tried again") {
   CHECK(http.get(server.url()).status == 200);
   CHECK(std::chrono::steady_clock::now() - start >= 1s);
   CHECK(server.requests == 2);
-  after = "3";
+  ask_for = 3;
   CHECK(http.get(server.url()).retry_after == 3s);
   CHECK(server.requests == 3);
 }
@@ -638,6 +647,20 @@ TEST_CASE("curl: a deadline aborts a transfer, whatever it is waiting for, and i
   CHECK(descriptors_of_this_process() <= before + 1);  // one half of a socket pair belongs to the thread that looks up
 }
 
+TEST_CASE("curl: a deadline aborts a transfer in a coroutine that does not want to hear of it") {
+  HttpServer silent(never);
+  Http http;
+  const auto task = [&]() -> awaitable<long> {
+    co_await asio::this_coro::throw_if_cancelled(false);
+    const curl::Response response = co_await http.client.fetch(curl::Request("GET", silent.url()));
+    co_return response.status;
+  };
+  const auto result = http.bridge.block_on_for(task, 100ms);
+  REQUIRE_FALSE(result);
+  CHECK(result.error() == BridgeError::TimedOut);
+  await_state([&] { return silent.open == 0; });
+}
+
 TEST_CASE("curl: a stop while it waits to try again") {
   Flaky busy(Flaky::with_503, 1000);
   HttpServer server(handler(busy));
@@ -678,6 +701,7 @@ TEST_CASE("curl: the bridge may be destroyed with transfers in any state, and al
   const std::size_t before = descriptors_of_this_process();
   for (int round = 0; round < 20; ++round) {
     std::list<runtime_bridge::JoinHandle<curl::Response>> calls;
+    const int requests = busy_server.requests;
     {
       RuntimeBridge bridge;
       curl::Options options;
@@ -691,7 +715,7 @@ TEST_CASE("curl: the bridge may be destroyed with transfers in any state, and al
         // Each task has a copy of the client.
         calls.push_back(bridge.submit([client, request] { return client.fetch(request); }));
       }
-      if (round % 2 == 0) await_state([&] { return silent.open == 2 && busy_server.requests >= round + 1; });
+      if (round % 2 == 0) await_state([&] { return silent.open == 2 && busy_server.requests > requests; });
     }
     for (auto& call : calls) {
       const std::string result = outcome(call.join());

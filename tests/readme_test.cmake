@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# The README's first C++ block is the heart of the main example, to the letter. Every other is in readme_test.cpp, but for
-# the indentation.
+# The README's first C++ block is the heart of the main example, to the letter. Every other is in readme_test.cpp or in a
+# backend's support header, but for the indentation.
 
 file(READ ${REPOSITORY}/README.md readme)
 file(READ ${REPOSITORY}/examples/quickstart.cpp example)
-file(READ ${REPOSITORY}/tests/readme_test.cpp tests)
+set(tests "")
+foreach(file tests/readme_test.cpp examples/support/backends.hpp examples/support/pg_backend.hpp)
+  file(READ ${REPOSITORY}/${file} text)
+  string(APPEND tests "${text}")
+endforeach()
 string(REGEX REPLACE "\n +" "\n" tests "${tests}")
 
 if(NOT example MATCHES "// \\[readme\\]\n(.*)// \\[/readme\\]")
@@ -26,7 +30,7 @@ while(readme MATCHES "```cpp\n([^`]*)```(.*)")
     string(REGEX REPLACE "(^|\n) +" "\\1" block "${block}")
     string(FIND "${tests}" "\n${block}" position)
     if(position EQUAL -1)
-      message(FATAL_ERROR "this block of README.md is not in tests/readme_test.cpp:\n${block}")
+      message(FATAL_ERROR "this block of README.md is in no file that is compiled:\n${block}")
     endif()
   endif()
   math(EXPR blocks "${blocks} + 1")

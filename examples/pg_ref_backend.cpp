@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A synchronous store of named references over asynchronous PostgreSQL.
+
+#include <libpq-fe.h>
+
+#include <algorithm>
+#include <array>
+#include <asio/awaitable.hpp>
+#include <chrono>
+#include <cstddef>
+#include <exception>
+#include <functional>
+#include <future>
+#include <iostream>
+#include <latch>
+#include <memory>
+#include <optional>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "support/backends.hpp"
+#include "support/command_line.hpp"
+#include "support/pg.hpp"
+#include "support/pg_backend.hpp"
+#include "support/program.hpp"
+
+namespace {
+
+using namespace std::chrono_literals;
+using asio::awaitable;
+using std::chrono::steady_clock;
+using Microseconds = std::chrono::duration<double, std::micro>;
+
+// [readme]
+class PgRefBackend final : public RefBackend {
+ public:
+  explicit PgRefBackend(PgClient client) : client_(std::move(client)) {}
+
+  Outcome<std::optional<std::string>> get(const std::string& name) override {
+    return client_.call([&](pg::Connection& connection) -> awaitable<std::optional<std::string>> {
+      const auto found = co_await connection.query("select value from runtime_bridge.refs where name = $1", name);
+      if (found.rows() == 0) co_return std::nullopt;
+      co_return found.get<std::string>(0, 0);
+    });
+  }
+  Outcome<bool> set(const std::string& name, const std::string& value) override {
+    return client_.run("insert into runtime_bridge.refs values ($1, $2) on conflict (name) do update set value = $2",
+                       name, value);
+  }
+  // One statement, so that nobody comes between the comparison and the change.
+  Outcome<bool> compare_and_set(const std::string& name, const std::optional<std::string>& expected,
+                                const std::string& value) override {
+    return expected
+               ? client_.run("update runtime_bridge.refs set value = $3 where name = $1 and value = $2", name,
+                             *expected, value)
+               : client_.run("insert into runtime_bridge.refs values ($1, $2) on conflict do nothing", name, value);
+  }
+  // [/readme]
+  Outcome<bool> remove(const std::string& name) override {
+    return client_.run("delete from runtime_bridge.refs where name = $1", name);
+  }
+  Outcome<std::vector<std::string>> list(const std::string& prefix) override {
+    return client_.call([&](pg::Connection& connection) -> awaitable<std::vector<std::string>> {
+      const auto found = co_await connection.query(
+          "select name from runtime_bridge.refs where starts_with(name, $1) order by name", prefix);
+      std::vector<std::string> names;
+      for (int row = 0; row < found.rows(); ++row) names.push_back(found.get<std::string>(row, 0));
+      co_return names;
+    });
+  }
+
+  Outcome<bool> create_table() {
+    return client_.create(
+        {"create table if not exists runtime_bridge.refs (name text collate \"C\" primary key, value text not null)"});
+  }
+
+ private:
+  PgClient client_;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The program
+
+const char* yes_or_no(bool yes) { return yes ? "yes" : "no"; }
+
+void five_operations(PgRefBackend refs, const std::string& folder) {
+  const std::string main = folder + "main", topic = folder + "topic";
+  need(refs.set(main, "a1"));
+  std::cout << "set main to a1, and get it: " << need(refs.get(main)).value_or("nothing") << '\n';
+  const bool first = need(refs.compare_and_set(main, "a1", "b2")),
+             second = need(refs.compare_and_set(main, "a1", "c3"));
+  std::cout << "set it to b2 if it is a1: " << yes_or_no(first) << "; to c3 if it is a1: " << yes_or_no(second) << '\n';
+  const bool made = need(refs.compare_and_set(topic, std::nullopt, "d4")),
+             made_again = need(refs.compare_and_set(topic, std::nullopt, "e5"));
+  std::cout << "set topic to d4 if it is absent: " << yes_or_no(made) << "; to e5: " << yes_or_no(made_again) << '\n';
+  std::cout << "list:";
+  for (const std::string& name : need(refs.list(folder))) std::cout << ' ' << name.substr(folder.size());
+  const bool removed = need(refs.remove(topic)), removed_again = need(refs.remove(topic));
+  std::cout << "\nremove topic: " << yes_or_no(removed) << "; again: " << yes_or_no(removed_again) << '\n';
+  need(refs.remove(main));
+}
+
+/// In every other round the reference is absent at first.
+void race(PgRefBackend refs, const std::string& name) {
+  constexpr int threads = 8, rounds = 60;
+  std::optional<std::string> now;
+  for (int round = 0; round < rounds; ++round) {
+    const auto mine = [&](int thread) { return std::to_string(round) + " by " + std::to_string(thread); };
+    const std::vector<bool> won =
+        from_threads(threads, [&](int i) { return need(refs.compare_and_set(name, now, mine(i))); });
+    check(std::ranges::count(won, true) == 1, "a round of the race has not exactly one winner");
+    now = need(refs.get(name));
+    check(now == mine(static_cast<int>(std::ranges::find(won, true) - won.begin())), "the winner's value is not there");
+    if (round % 2 == 1) check(need(refs.remove(name)), "the reference is gone"), now.reset();
+  }
+  need(refs.remove(name));
+  std::cout << "race: " << threads << " threads, " << rounds << " rounds, exactly one winner in each\n";
+}
+
+void side_by_side(const PgClient& client) {
+  constexpr int callers = 4;
+  const auto start = steady_clock::now();
+  from_threads(callers, [&](int) { return need(client.run("select pg_sleep(0.25)")); });
+  const auto elapsed = (steady_clock::now() - start) / 1ms;
+  std::cout << "pg_sleep(0.25) from " << callers << " callers: " << elapsed << " ms\n";
+  check(elapsed < callers * 250 / 2, "the callers were not served side by side");
+}
+
+// Each round has the same calls both ways, one after the other, so that whatever else the machine does hits both.
+void benchmark(const PgClient& client, const std::string& conninfo, int callers) {
+  const char* const sql = "select $1::int8";
+  using Samples = std::vector<double>;
+  Samples plain, bridged;
+  const auto measure = [&](Samples& into, const std::function<std::function<void()>()>& connect) {
+    const auto calls = [&](int) {
+      const auto query = connect();
+      query();  // whatever is slow the first time
+      Samples samples;
+      for (int i = 0; i < 2000 / callers; ++i) {
+        const auto start = steady_clock::now();
+        query();
+        samples.push_back(Microseconds(steady_clock::now() - start).count());
+      }
+      return samples;
+    };
+    for (const Samples& samples : from_threads(callers, calls)) into.insert(into.end(), samples.begin(), samples.end());
+  };
+  const auto through_libpq = [&]() -> std::function<void()> {
+    const std::shared_ptr<PGconn> connection(PQconnectdb(conninfo.c_str()), PQfinish);
+    return [=] {
+      const char* const value = "7";
+      const pg::Result result(PQexecParams(connection.get(), sql, 1, nullptr, &value, nullptr, nullptr, 0));
+      check(result.rows() == 1, "PQexecParams failed");
+    };
+  };
+  const auto through_bridge = [&]() -> std::function<void()> { return [&] { need(client.run(sql, 7)); }; };
+  for (int round = 0; round < 11; ++round) {
+    measure(plain, through_libpq);
+    measure(bridged, through_bridge);
+  }
+  const auto median = [](Samples& samples) {
+    const auto middle = samples.begin() + static_cast<std::ptrdiff_t>(samples.size() / 2);
+    std::ranges::nth_element(samples, middle);
+    return *middle;
+  };
+  const double one = median(plain), other = median(bridged);
+  std::cout << callers << (callers == 1 ? " caller" : " callers") << ": PQexecParams " << one
+            << " us, through the bridge " << other << " us, ratio " << other / one << '\n';
+}
+
+void run(int count, char** arguments) {
+  const CommandLine line(
+      count, arguments,
+      "Keeps references in PostgreSQL: sets, compares, lists and removes them, and races for one.\n"
+      "A server to try it with: examples/serve postgres",
+      {connect_setting,
+       {"benchmark", "", "measure a query through the bridge against PQexecParams: medians of a call"}});
+  pg::Settings settings;
+  settings.conninfo = line["connect"];
+  const PgClient client(settings, 8, 30s);
+  PgRefBackend refs(client);
+  need_server(refs.create_table(), "PostgreSQL server", "postgres");
+  if (line.has("benchmark")) {
+    std::cout.precision(3);
+    for (const int callers : {1, 8}) benchmark(client, settings.conninfo, callers);
+    return;
+  }
+  // Of this run alone: another one may be under way.
+  const std::string folder = std::to_string(std::random_device()()) + "/";
+  five_operations(refs, folder);
+  race(refs, folder + "race");
+  side_by_side(client);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return run_program("pg_ref_backend", [&] { run(argc, argv); });
+}

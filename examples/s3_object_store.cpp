@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A synchronous, content-addressed object store over asynchronous S3 requests.
+
+#include <runtime_bridge.hpp>
+
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <array>
+#include <asio/awaitable.hpp>
+#include <asio/steady_timer.hpp>
+#include <asio/use_awaitable.hpp>
+#include <atomic>
+#include <chrono>
+#include <csignal>
+#include <functional>
+#include <iostream>
+#include <memory>
+#include <random>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "support/backends.hpp"
+#include "support/command_line.hpp"
+#include "support/curl.hpp"
+#include "support/program.hpp"
+#include "support/s3.hpp"
+
+namespace {
+
+using namespace std::chrono_literals;
+using asio::awaitable;
+using std::chrono::milliseconds;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Where the two worlds meet
+
+/// What an asynchronous function comes to, as the store says it.
+template <class T>
+awaitable<Outcome<T>> outcome_of(awaitable<T> task) {
+  try {
+    if constexpr (std::is_void_v<T>) {
+      co_await std::move(task);
+      co_return Outcome<T>();
+    } else {
+      co_return co_await std::move(task);
+    }
+  } catch (const s3::Error& e) {
+    co_return Failure({e.status() == 404 ? BackendError::NotFound : BackendError::Refused, e.what()});
+  } catch (const curl::Error& e) {
+    co_return Failure({BackendError::Unavailable, e.what()});
+  }
+}
+
+/// Copies are cheap: they share one bridge, whose worker starts with the first call, and the bucket's connections.
+class S3ObjectStore final : public ObjectStore {
+ private:
+  struct Shared {
+    explicit Shared(const s3::Settings& settings) : bucket(curl::Client(bridge.get_executor()), settings) {}
+    // If the last copy was a task's, this is the worker: the bridge refuses to wait for itself, and need not.
+    ~Shared() {
+      if (!bridge.block_on([&] { bucket.close(); })) bucket.close();
+    }
+    runtime_bridge::RuntimeBridge bridge{{.start = runtime_bridge::Start::lazy}};
+    s3::Bucket bucket;  // declared last: its sockets must be gone before the bridge
+  };
+
+  inline static const std::string folder = "objects/";
+  inline static const BackendError corrupt{BackendError::Corrupt, "the content is not what its address says"};
+  static std::string key(const std::string& address) { return folder + address; }
+
+  static awaitable<std::string> put_stream(s3::Bucket& bucket, const s3::Content& content) {
+    std::string address = co_await s3::hash_of(content.open());
+    co_await bucket.put(key(address), content, address);
+    co_return address;
+  }
+  template <class Function>
+  auto call(Function function) const {
+    return flatten(
+        shared_->bridge.block_on_for([&] { return outcome_of(std::invoke(function, shared_->bucket)); }, timeout_));
+  }
+
+ public:
+  explicit S3ObjectStore(const s3::Settings& settings) : shared_(std::make_shared<Shared>(settings)) {}
+
+  // A task is over when block_on returns, so it may borrow from the caller's stack. The address is computed before, on
+  // the caller's own thread: the worker is for waiting.
+  Outcome<std::string> put(std::string_view content) override {
+    const std::string address = s3::Sha256::of(content);
+    const auto open = [&] { return curl::from_memory(content); };
+    const auto put = [&](s3::Bucket& bucket) { return bucket.put(key(address), {content.size(), open}, address); };
+    if (const Outcome<void> done = call(put); !done) return Failure(done.error());
+    return address;
+  }
+  Outcome<std::string> get(const std::string& address) override {
+    Outcome<std::string> content = call([&](s3::Bucket& bucket) { return bucket.get(key(address)); });
+    return content && s3::Sha256::of(*content) != address ? Failure(corrupt) : content;
+  }
+  Outcome<bool> has(const std::string& address) override {
+    return call([&](s3::Bucket& bucket) { return bucket.exists(key(address)); });
+  }
+  Outcome<std::vector<std::string>> list() override {
+    Outcome<std::vector<std::string>> keys = call([&](s3::Bucket& bucket) { return bucket.list(folder); });
+    if (keys) std::ranges::for_each(*keys, [](std::string& key) { key.erase(0, folder.size()); });
+    return keys;
+  }
+  Outcome<void> remove(const std::string& address) override {
+    return call([&](s3::Bucket& bucket) { return bucket.remove(key(address)); });
+  }
+
+  /// For content that is too large for memory. It is read twice: first for its address.
+  Outcome<std::string> put(const s3::Content& content) {
+    return call([&](s3::Bucket& bucket) { return put_stream(bucket, content); });
+  }
+  /// The sink has all of the content before it turns out to be corrupt.
+  Outcome<void> get(const std::string& address, const std::function<curl::Sink()>& open_sink) {
+    const auto hash = call([&](s3::Bucket& bucket) { return bucket.get(key(address), open_sink); });
+    if (!hash) return Failure(hash.error());
+    return *hash == address ? Outcome<void>() : Failure(corrupt);
+  }
+  Outcome<void> create_bucket() { return call(&s3::Bucket::create); }
+
+  /// A copy whose calls take no longer than this.
+  [[nodiscard]] S3ObjectStore with_timeout(milliseconds timeout) const {
+    S3ObjectStore copy = *this;
+    copy.timeout_ = timeout;
+    return copy;
+  }
+
+ private:
+  std::shared_ptr<Shared> shared_;
+  milliseconds timeout_ = milliseconds::max();
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The program
+
+std::chrono::milliseconds since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - start);
+}
+
+/// The most memory that this process ever had, in KiB.
+long peak_memory() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return usage.ru_maxrss;
+}
+
+void small_objects(S3ObjectStore store) {
+  std::array<std::string, 40> addresses;
+  const auto content = [](std::size_t i) { return std::string(i * 1000, static_cast<char>(i)); };
+  const auto listed = [&] {
+    const std::vector<std::string> list = need(store.list());
+    return std::ranges::count_if(addresses, [&](auto& address) { return std::ranges::count(list, address) == 1; });
+  };
+  const auto for_each = [&](const char* what, auto function) {
+    const auto start = std::chrono::steady_clock::now();
+    std::atomic<std::size_t> next = 0;
+    from_threads(4, [&](int) {
+      for (std::size_t i = next++; i < addresses.size(); i = next++) function(i);
+    });
+    std::cout << what << ": " << addresses.size() << " objects from 4 threads in " << since(start).count() << " ms\n";
+  };
+  for_each("put", [&](std::size_t i) { addresses[i] = need(store.put(content(i))); });
+  for_each("get, every byte as it was",
+           [&](std::size_t i) { check(need(store.get(addresses[i])) == content(i), "an object came back different"); });
+  check(need(store.has(addresses[7])) && listed() == std::ssize(addresses), "not all objects are there");
+  for_each("remove", [&](std::size_t i) { need(store.remove(addresses[i])); });
+  check(!need(store.has(addresses[7])) && listed() == 0, "an object is still there");
+  std::cout << "get of a removed object: " << store.get(addresses[7]).error().message << '\n';
+}
+
+/// Bytes that come out the same each time, so nobody need keep them.
+curl::Source generator(std::size_t size) {
+  return [size, engine = std::minstd_rand()](std::span<char> room) mutable -> awaitable<std::size_t> {
+    room = room.first(std::min(room.size(), size));
+    std::ranges::generate(room, [&] { return static_cast<char>(engine()); });
+    size -= room.size();
+    co_return room.size();
+  };
+}
+
+void large_object(S3ObjectStore store, long memory_limit) {
+  constexpr std::size_t size = std::size_t{64} << 20U;
+  const long before = peak_memory();
+  const std::string address = need(store.put(s3::Content(size, [] { return generator(size); })));
+  std::size_t received = 0;
+  const auto count = [&](std::string_view piece) -> awaitable<void> { co_return void(received += piece.size()); };
+  need(store.get(address, [&] { return count; }));
+  check(received == size, "not all of the large object came back");
+  const long growth = (peak_memory() - before) / 1024;
+  std::cout << "streamed: 64 MiB up and down, with " << growth << " MiB of memory\n";
+  check(growth <= memory_limit, "that is more than it may take");
+
+  const auto slowly = [&](std::string_view piece) -> awaitable<void> {
+    received += piece.size();
+    asio::steady_timer timer(co_await asio::this_coro::executor, 10ms);
+    co_await timer.async_wait(asio::use_awaitable);
+  };
+  const auto start = std::chrono::steady_clock::now();
+  received = 0;
+  const Outcome<void> late = store.with_timeout(250ms).get(address, [&] { return slowly; });
+  const auto time = since(start);
+  check(!late && late.error().kind == BackendError::TimedOut && time < 1s, "the deadline was missed");
+  std::cout << "deadline of 250 ms: TimedOut after " << time.count() << " ms and " << received / 1024 << " KiB\n";
+  need(store.remove(address));
+}
+
+void run(int count, char** arguments) {
+  const CommandLine line(
+      count, arguments,
+      "Puts objects into an S3 bucket from four threads, gets them back, lists and removes them; streams a large "
+      "one;\n"
+      "and aborts a transfer by a deadline. It makes the bucket if need be, and removes what it has put.\n\n"
+      "For a server to try it with: examples/serve s3. (That is s3rver 3.7.1, which looks at the form of a request "
+      "but\n"
+      "not at its signature, and ignores If-None-Match.)",
+      {{"endpoint", "URL", "the server", "http://127.0.0.1:4568", {"AWS_ENDPOINT_URL"}},
+       {"region", "NAME", "its region", "us-east-1", {"AWS_REGION", "AWS_DEFAULT_REGION"}},
+       {"bucket", "NAME", "the bucket", "runtime-bridge", {}},
+       {"key-id", "ID", "who asks", "S3RVER", {"AWS_ACCESS_KEY_ID"}},
+       {"secret", "TEXT", "the key with which requests are signed", "S3RVER", {"AWS_SECRET_ACCESS_KEY"}},
+       {"session-token", "TEXT", "of temporary credentials", "", {"AWS_SESSION_TOKEN"}},
+       {"memory", "MIB", "how much the large object may take", "16", {}}});
+  std::signal(SIGPIPE, SIG_IGN);  // see curl.hpp
+  S3ObjectStore store(
+      {line["endpoint"], line["region"], line["bucket"], line["key-id"], line["secret"], line["session-token"]});
+  need_server(store.create_bucket(), "S3 server at " + line["endpoint"], "s3");
+  small_objects(store);
+  large_object(store, line.number("memory", 0, 1024));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return run_program("s3_object_store", [&] { run(argc, argv); });
+}
