@@ -48,6 +48,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cassert>
@@ -238,6 +239,10 @@ struct Options {
   /// The worker's name in debuggers and process lists; cut to what the system takes (15 bytes on Linux).
   std::string thread_name = "runtime-bridge";
   Start start = Start::eager;
+  /// The longest that a thread spins before it sleeps: the caller of the only call in flight, even past its deadline,
+  /// and after such a call the worker, which still serves whatever else comes. Spinning stops where it turns out to be
+  /// in vain, on a machine with one core, and at zero.
+  std::chrono::microseconds spin_limit{20};
   /// Gets, on the worker, each exception that escapes a raw handler on the bridge's context. What the hook itself
   /// throws is dropped, and so is the exception where there is no hook.
   std::function<void(std::exception_ptr)> on_stray_exception = nullptr;
@@ -481,6 +486,7 @@ using Exact = std::chrono::duration<long double, std::nano>;
 template <class Clock, class Duration>
 std::chrono::nanoseconds time_left(const std::chrono::time_point<Clock, Duration>& deadline) {
   constexpr std::chrono::seconds step(Clock::is_steady ? 3600 : 1);
+  if (deadline == deadline.max()) return step;  // without a look at the clock, for most calls have no deadline
   const Exact left = Exact(deadline.time_since_epoch()) - Exact(Clock::now().time_since_epoch());
   if (!(left > Exact::zero())) return std::chrono::nanoseconds::zero();
   return left < step ? std::chrono::ceil<std::chrono::nanoseconds>(left) : step;
@@ -498,6 +504,36 @@ SteadyTime time_after(const std::chrono::duration<Rep, Period>& duration) {
   return now + std::chrono::ceil<std::chrono::nanoseconds>(exact);
 }
 
+/// Whether to spin, judged by how the last times ended: after each that was in vain twice as many are left out, up to
+/// 255. It is a guess, so races between callers do no harm.
+class Experience {
+ public:
+  bool encourages() noexcept {
+    const unsigned left = left_out_.load(std::memory_order_relaxed);
+    if (left != 0) left_out_.store(left - 1, std::memory_order_relaxed);
+    return left == 0;
+  }
+
+  void learn(bool success) noexcept {
+    const unsigned turns = success ? 1 : std::min(2 * turns_.load(std::memory_order_relaxed), 256U);
+    turns_.store(turns, std::memory_order_relaxed);
+    left_out_.store(turns - 1, std::memory_order_relaxed);
+  }
+
+ private:
+  std::atomic<unsigned> turns_{1};  // of so many one is taken
+  std::atomic<unsigned> left_out_{0};
+};
+
+/// Tells the processor that this is a spin.
+inline void pause() noexcept {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 class Ticket;
 struct Running;
 
@@ -513,11 +549,13 @@ class Call {
   /// Waits for the answer until `deadline`, of whatever clock. False if it did not come.
   template <class Clock, class Duration>
   bool wait_until(const std::chrono::time_point<Clock, Duration>& deadline) const {
-    for (;;) {
+    while (deadline != deadline.max()) {
       const std::chrono::nanoseconds left = time_left(deadline);
       if (answered_.wait_for(left) == std::future_status::ready) return true;
       if (left == std::chrono::nanoseconds::zero()) return false;
     }
+    answered_.wait();
+    return true;
   }
 
   /// For a submitted call, which lives until it is over even if nobody waits for it.
@@ -665,6 +703,9 @@ class Core : public std::enable_shared_from_this<Core> {
   /// A worker waits for at most one bridge, so following the notes finds every ring, and only rings.
   bool begin_wait(Call* call, std::shared_ptr<const char>* ring = nullptr);
 
+  /// Spins for the answer of a call that has the worker to itself, if that is promising. True if the answer has come.
+  bool spin(const Call& call) noexcept;
+
   /// Takes the note back, for a wait that ended without an answer.
   void end_wait(Call* call) noexcept;
 
@@ -694,6 +735,8 @@ class Core : public std::enable_shared_from_this<Core> {
   void run() noexcept;
   void abandon_calls() noexcept;
   void settle() noexcept;
+  void linger();
+  void keep_awake() noexcept;
 
   /// Posts `handler`, in memory that is there already.
   template <class Handler>
@@ -741,8 +784,14 @@ class Core : public std::enable_shared_from_this<Core> {
   std::atomic<bool> started_{false};
   std::atomic<bool> cancel_asked_{false};
   OperationMemory cancel_memory_;
+  Experience spins_;
+  std::atomic<bool> spinning_{false};  // a caller is
 
   // The worker's own.
+  Experience lingers_;
+  OperationMemory linger_memory_;
+  SteadyTime linger_end_;
+  bool lingering_ = false;
   bool stopped_ = false;     // what is queued still is not to be started any more
   bool cancelling_ = false;  // nor this, because its call is cancelled
   std::list<Running> running_;
@@ -878,7 +927,50 @@ inline void Core::end_call(Call& call) noexcept {
   std::promise<void> answer = std::move(call.answer_);
   std::shared_ptr<Call>(std::move(call.self_)).reset();
   if (gate_.end_call()) context_.stop();
+  const bool hot = spinning_.exchange(false, std::memory_order_relaxed);
   answer.set_value();
+  if (hot) keep_awake();
+}
+
+/// A caller that spun for its answer may well call again: the worker had better not be asleep then.
+inline void Core::keep_awake() noexcept {
+  if (lingering_) {
+    lingers_.learn(true);
+  } else if (!lingers_.encourages()) {
+    return;
+  }
+  linger_end_ = time_after(options_.spin_limit);
+  if (!std::exchange(lingering_, true)) linger();
+}
+
+/// A handler that comes again and again keeps the loop from going to sleep, and lets everything else through.
+inline void Core::linger() {
+  post_in(linger_memory_, [this] {
+    if (stopped_) return;
+    const bool called = gate_.in_flight() != 0;
+    if (!called && std::chrono::steady_clock::now() < linger_end_) return linger();
+    lingering_ = false;
+    lingers_.learn(called);
+  });
+}
+
+inline bool Core::spin(const Call& call) noexcept {
+  static const bool one_core = std::thread::hardware_concurrency() == 1;
+  const auto alone = [&] { return gate_.in_flight() <= 1; };
+  if (one_core || options_.spin_limit <= std::chrono::microseconds::zero() || !alone() || !spins_.encourages())
+    return false;
+  const SteadyTime end = time_after(options_.spin_limit);
+  spinning_.store(true, std::memory_order_relaxed);
+  bool answered = false;
+  do {
+    for (int i = 0; i < 32 && !answered; ++i) {
+      pause();
+      answered = call.answered();
+    }
+  } while (!answered && alone() && std::chrono::steady_clock::now() < end);
+  if (!answered) spinning_.store(false, std::memory_order_relaxed);
+  spins_.learn(answered);
+  return answered;
 }
 
 inline bool Core::begin_wait(Call* call, std::shared_ptr<const char>* ring) {
@@ -1287,7 +1379,7 @@ class RuntimeBridge {
     if (auto refusal = core->post(call, true)) return detail::unexpected<BridgeError>(std::move(*refusal));
 
     const std::stop_callback on_stop(stop, [&]() noexcept { core->cancel(call, BridgeError::Cancelled); });
-    if (!call.wait_until(deadline)) {
+    if (!core->spin(call) && !call.wait_until(deadline)) {
       core->cancel(call, BridgeError::TimedOut);
       call.wait();
     }

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Spinning before sleeping: when, for how long, and that nothing but speed depends on it.
+
+#include <time.h>
+
+#include <asio/post.hpp>
+#include <asio/this_coro.hpp>
+#include <asio/use_awaitable.hpp>
+#include <future>
+#include <thread>
+
+#include "support.hpp"
+
+using namespace std::chrono_literals;
+using runtime_bridge::Options;
+using runtime_bridge::RuntimeBridge;
+using runtime_bridge::Shutdown;
+using runtime_bridge::detail::Experience;
+
+namespace {
+
+std::chrono::nanoseconds cpu_time(clockid_t clock) {
+  timespec t{};
+  clock_gettime(clock, &t);
+  return std::chrono::seconds(t.tv_sec) + std::chrono::nanoseconds(t.tv_nsec);
+}
+
+RuntimeBridge spinning_for(std::chrono::microseconds limit) { return RuntimeBridge(Options{.spin_limit = limit}); }
+
+asio::awaitable<void> sleep(std::chrono::milliseconds duration) {
+  asio::steady_timer timer(co_await asio::this_coro::executor, duration);
+  co_await timer.async_wait(asio::use_awaitable);
+}
+
+/// What this thread computes during a call that takes 50 ms.
+std::chrono::nanoseconds cost_of_a_slow_call(const RuntimeBridge& bridge) {
+  const auto before = cpu_time(CLOCK_THREAD_CPUTIME_ID);
+  REQUIRE(bridge.block_on(sleep(50ms)));
+  return cpu_time(CLOCK_THREAD_CPUTIME_ID) - before;
+}
+
+// The machine may be busy: of 50 ms a spinning thread gets at least this, and one that sleeps never so much.
+constexpr auto some = 5ms;
+
+const bool one_core = std::thread::hardware_concurrency() == 1;
+
+}  // namespace
+
+TEST_CASE("spin: the more often it was in vain, the more rarely it is tried") {
+  Experience experience;
+  int tries = 0;
+  for (int i = 0; i < 1000; ++i) {
+    if (!experience.encourages()) continue;
+    ++tries;
+    experience.learn(false);
+  }
+  CHECK(tries == 10);  // after 1, 3, 7, ... 255, and then every 256 times
+  while (!experience.encourages()) {
+  }
+  experience.learn(true);
+  CHECK(experience.encourages());
+  experience.learn(true);
+  CHECK(experience.encourages());
+}
+
+TEST_CASE("spin: a caller spins as long as the limit allows") {
+  if (one_core) return;
+  CHECK(cost_of_a_slow_call(spinning_for(1h)) > some);
+  CHECK(cost_of_a_slow_call(spinning_for(20us)) < some);
+}
+
+TEST_CASE("spin: not at all if the limit is zero or less") {
+  CHECK(cost_of_a_slow_call(spinning_for(0us)) < some);
+  CHECK(cost_of_a_slow_call(spinning_for(std::chrono::microseconds::min())) < some);
+}
+
+TEST_CASE("spin: not while there are other calls in flight") {
+  const RuntimeBridge bridge = spinning_for(1h);
+  auto other = bridge.submit([] { return sleep(1h); });
+  CHECK(cost_of_a_slow_call(bridge) < some);
+}
+
+TEST_CASE("spin: a caller stops when another call comes") {
+  const RuntimeBridge bridge = spinning_for(1h);
+  std::promise<void> started;
+  auto call = std::async(std::launch::async, [&] {
+    const auto task = [&] {
+      started.set_value();
+      return sleep(100ms);
+    };
+    const auto before = cpu_time(CLOCK_THREAD_CPUTIME_ID);
+    const bool succeeded = bridge.block_on(task).has_value();
+    return std::pair(succeeded, cpu_time(CLOCK_THREAD_CPUTIME_ID) - before);
+  });
+  started.get_future().wait();
+  auto other = bridge.submit([] { return sleep(1h); });
+  const auto [succeeded, cost] = call.get();
+  CHECK(succeeded);
+  CHECK(cost < 50ms);
+}
+
+TEST_CASE("spin: a call that has its answer after many that were slow") {
+  const RuntimeBridge bridge;
+  for (int i = 0; i < 20; ++i) REQUIRE(bridge.block_on(sleep(1ms)));
+  for (int i = 0; i < 5000; ++i) REQUIRE(bridge.block_on([&] { return i; }) == i);
+}
+
+TEST_CASE("spin: an idle bridge uses no processor") {
+  const RuntimeBridge bridge;
+  for (int i = 0; i < 1000; ++i) REQUIRE(bridge.block_on([&] { return i; }) == i);
+  std::this_thread::sleep_for(20ms);  // many times the limit
+  const auto before = cpu_time(CLOCK_PROCESS_CPUTIME_ID);
+  std::this_thread::sleep_for(200ms);
+  CHECK(cpu_time(CLOCK_PROCESS_CPUTIME_ID) - before < 5ms);
+}
+
+namespace {
+
+/// The clock of a worker that will keep itself awake for good.
+clockid_t wake(const RuntimeBridge& bridge) {
+  clockid_t worker = 0;
+  // The first call may find that it is not worth it; with such a limit each caller sees its answer while it spins.
+  for (int i = 0; i < 3; ++i) REQUIRE(bridge.block_on([&] { pthread_getcpuclockid(pthread_self(), &worker); }));
+  return worker;
+}
+
+}  // namespace
+
+TEST_CASE("spin: a worker that stays awake serves everything else") {
+  const RuntimeBridge bridge = spinning_for(std::chrono::microseconds::max());
+  const clockid_t worker = wake(bridge);
+  if (!one_core) {
+    const auto awake = [&, before = cpu_time(worker)] { return cpu_time(worker) - before > some; };
+    await_state(awake);
+  }
+  std::promise<void> posted;
+  asio::post(bridge.get_executor(), [&] { posted.set_value(); });
+  posted.get_future().wait();
+  CHECK(bridge.block_on(sleep(1ms)));
+  CHECK(bridge.submit([] { return 7; }).join() == 7);
+}
+
+TEST_CASE("spin: a worker that stays awake does not hold up the end") {
+  for (int i = 0; i < 20; ++i) {
+    const RuntimeBridge bridge = spinning_for(std::chrono::microseconds::max());
+    wake(bridge);
+    if (i % 3 == 1) CHECK(bridge.shutdown(Shutdown::drain));
+    if (i % 3 == 2) CHECK(bridge.shutdown(Shutdown::cancel));
+  }
+}
