@@ -47,6 +47,7 @@
 #endif
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <array>
@@ -242,7 +243,7 @@ struct Options {
   /// The longest that a thread spins before it sleeps: the caller of the only call in flight, even past its deadline,
   /// and after such a call the worker, which still serves whatever else comes. Spinning stops where it turns out to be
   /// in vain, on a machine with one core, and at zero.
-  std::chrono::microseconds spin_limit{20};
+  std::chrono::microseconds spin_limit{100};
   /// Gets, on the worker, each exception that escapes a raw handler on the bridge's context. What the hook itself
   /// throws is dropped, and so is the exception where there is no hook.
   std::function<void(std::exception_ptr)> on_stray_exception = nullptr;
@@ -534,6 +535,15 @@ inline void pause() noexcept {
 #endif
 }
 
+/// The processor that this thread is on; -1 where that cannot be told.
+inline int this_processor() noexcept {
+#ifdef __linux__
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
 class Ticket;
 struct Running;
 
@@ -785,13 +795,15 @@ class Core : public std::enable_shared_from_this<Core> {
   std::atomic<bool> cancel_asked_{false};
   OperationMemory cancel_memory_;
   Experience spins_;
-  std::atomic<bool> spinning_{false};  // a caller is
+  static constexpr int nobody = -2;
+  std::atomic<int> spinner_{nobody};  // the processor of the caller that spins; a hint
 
   // The worker's own.
   Experience lingers_;
   OperationMemory linger_memory_;
   SteadyTime linger_end_;
   bool lingering_ = false;
+  bool called_ = false;      // since it has begun to linger
   bool stopped_ = false;     // what is queued still is not to be started any more
   bool cancelling_ = false;  // nor this, because its call is cancelled
   std::list<Running> running_;
@@ -862,6 +874,7 @@ inline std::optional<BridgeError> Core::post(Call& call, bool waits) {
   post_in(call.start_memory_, [t = std::move(ticket)]() mutable {
     Call& c = t.call();
     Core& core = t.core();
+    core.called_ = true;
     if (core.cancelling_ && !core.stopped_) c.ask(BridgeError::Cancelled);
     if (!core.stopped_ && c.asked_ == 0) {
       c.start(std::move(t));
@@ -927,9 +940,14 @@ inline void Core::end_call(Call& call) noexcept {
   std::promise<void> answer = std::move(call.answer_);
   std::shared_ptr<Call>(std::move(call.self_)).reset();
   if (gate_.end_call()) context_.stop();
-  const bool hot = spinning_.exchange(false, std::memory_order_relaxed);
+  // A ticket that never got to the worker is dropped by the caller's thread.
+  const int spinner = current_ == this && !stopped_ ? spinner_.load(std::memory_order_relaxed) : nobody;
   answer.set_value();
-  if (hot) keep_awake();
+  if (spinner == nobody) return;
+  // A caller on this very processor could not see the answer: it was in the way.
+  const bool paid = spinner < 0 || spinner != this_processor();
+  spins_.learn(paid);
+  if (paid) keep_awake();
 }
 
 /// A caller that spun for its answer may well call again: the worker had better not be asleep then.
@@ -939,18 +957,20 @@ inline void Core::keep_awake() noexcept {
   } else if (!lingers_.encourages()) {
     return;
   }
+  called_ = false;
   linger_end_ = time_after(options_.spin_limit);
   if (!std::exchange(lingering_, true)) linger();
 }
 
-/// A handler that comes again and again keeps the loop from going to sleep, and lets everything else through.
+/// A handler that comes again and again keeps the loop from going to sleep, and lets everything else through. In
+/// between it leaves the loop's lock alone, for whoever posts.
 inline void Core::linger() {
   post_in(linger_memory_, [this] {
     if (stopped_) return;
-    const bool called = gate_.in_flight() != 0;
-    if (!called && std::chrono::steady_clock::now() < linger_end_) return linger();
+    for (int i = 0; i < 32 && gate_.in_flight() == 0; ++i) pause();
+    if (!called_ && std::chrono::steady_clock::now() < linger_end_) return linger();
     lingering_ = false;
-    lingers_.learn(called);
+    lingers_.learn(called_);
   });
 }
 
@@ -960,7 +980,7 @@ inline bool Core::spin(const Call& call) noexcept {
   if (one_core || options_.spin_limit <= std::chrono::microseconds::zero() || !alone() || !spins_.encourages())
     return false;
   const SteadyTime end = time_after(options_.spin_limit);
-  spinning_.store(true, std::memory_order_relaxed);
+  spinner_.store(this_processor(), std::memory_order_relaxed);
   bool answered = false;
   do {
     for (int i = 0; i < 32 && !answered; ++i) {
@@ -968,8 +988,8 @@ inline bool Core::spin(const Call& call) noexcept {
       answered = call.answered();
     }
   } while (!answered && alone() && std::chrono::steady_clock::now() < end);
-  if (!answered) spinning_.store(false, std::memory_order_relaxed);
-  spins_.learn(answered);
+  spinner_.store(nobody, std::memory_order_relaxed);
+  if (!answered) spins_.learn(false);  // else the worker has learnt from it
   return answered;
 }
 

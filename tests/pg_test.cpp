@@ -11,12 +11,14 @@
 #include <asio/co_spawn.hpp>
 #include <asio/io_context.hpp>
 #include <asio/ip/tcp.hpp>
+#include <asio/thread_pool.hpp>
 #include <asio/write.hpp>
 #include <atomic>
 #include <csignal>
 #include <cstdint>
 #include <cstdlib>
 #include <functional>
+#include <future>
 #include <limits>
 #include <list>
 #include <memory>
@@ -929,6 +931,38 @@ TEST_CASE("pg: a bridge that is destroyed with statements in every state") {
   }
   await_state(
       [&] { return descriptors_of_this_process() == descriptors; });  // the last cancel request may be under way
+}
+
+TEST_CASE("pg: on a bridge that has been stopped a statement fails, and does not go in circles") {
+  Database db;
+  asio::thread_pool elsewhere(1);
+  std::promise<void> stopped;
+  std::atomic<bool> started{false};
+  std::string came_to;
+  const auto task = [&]() -> awaitable<void> {
+    co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+    auto lease = co_await db.pool.acquire();
+    const auto block = [&]() -> awaitable<void> {
+      started = true;
+      stopped.get_future().wait();
+      co_return;
+    };
+    co_await asio::co_spawn(elsewhere, block, use_awaitable);
+    try {
+      co_await lease->query("select pg_sleep(60)");
+    } catch (const pg::Error&) {
+      came_to = failure(std::current_exception());
+    }
+  };
+  JoinHandle<void> call = db.bridge.submit(task);
+  JoinHandle<void> parked = db.bridge.submit(park());
+  await_state([&] { return started.load(); });
+  const std::jthread back_from_elsewhere([&] {
+    await_state([&] { return parked.done(); });  // the bridge has destroyed what waits on its own context
+    stopped.set_value();
+  });
+  CHECK_FALSE(db.bridge.shutdown(runtime_bridge::Shutdown::drain, 0ms));
+  CHECK(came_to == "connection");
 }
 
 TEST_CASE("pg: a pool whose leases outlive it") {
