@@ -49,7 +49,6 @@
 #include <pthread.h>
 #include <sched.h>
 
-#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cassert>
@@ -516,7 +515,8 @@ class Experience {
   }
 
   void learn(bool success) noexcept {
-    const unsigned turns = success ? 1 : std::min(2 * turns_.load(std::memory_order_relaxed), 256U);
+    const unsigned before = turns_.load(std::memory_order_relaxed);
+    const unsigned turns = success ? 1 : before < 256 ? 2 * before : before;
     turns_.store(turns, std::memory_order_relaxed);
     left_out_.store(turns - 1, std::memory_order_relaxed);
   }

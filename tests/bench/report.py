@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the table and the picture of what tests/bench/run measured. All figures are medians of its rounds."""
+
+import collections
+import json
+import pathlib
+import re
+import statistics
+import sys
+
+folder = pathlib.Path(sys.argv[-1])
+root = pathlib.Path(__file__).parents[2]
+WAYS = {"bridge": "runtime_bridge", "parking": "never spinning", "use_future": "use_future", "by_hand": "by hand", "seed": "the seed",
+        "native": "blocking"}
+
+
+def read():
+    """{(what, way, callers): {counter: [value of each round]}}"""
+    runs = collections.defaultdict(lambda: collections.defaultdict(list))
+    context = {}
+    for file in sorted(folder.glob("*.json")):
+        kind = file.name.split(".")[0]
+        data = json.loads(file.read_text())
+        context = data["context"]
+        for run in data["benchmarks"]:
+            if run.get("error_occurred"):
+                sys.exit(f"{file.name}: {run['name']}: {run['error_message']}")
+            what, way = run["name"].split("/")[:2]
+            what = what if kind == "bench" else f"{kind}/{what}"
+            for counter in ("us", "cpu_us", "allocations", "switches"):
+                runs[what, way, run["threads"]][counter].append(run[counter])
+    seed = folder / "seed.txt"
+    if seed.exists():
+        for callers, ns in re.findall(r"seed threads=(\d+) ns_per_call=(\d+)", seed.read_text()):
+            runs["callable", "seed", int(callers)]["us"].append(int(ns) / 1000)
+    return runs, context
+
+
+runs, context = read()
+
+
+def median(what, way, callers, counter="us"):
+    values = runs.get((what, way, callers), {}).get(counter)
+    return statistics.median(values) if values else None
+
+
+def figure(value, digits=3):
+    if value is None:
+        return ""
+    return f"{value:.{digits}g}" if value < 10 ** digits else f"{value:.0f}"
+
+
+def table():
+    rows = [("a task that returns at once", "callable"), ("the same, the context's reactor in use", "reactor"),
+            ("an awaitable made by the caller", "awaitable"), ("a task that suspends once", "suspends"),
+            ("an echo over a Unix socket pair", "echo"), ("a timer of 1 ms", "timer")]
+    lines = ["| call, callers | " + " | ".join(WAYS.values()) + " | CPU | allocations | switches |",
+             "|---|" + "---:|" * (len(WAYS) + 3)]
+    for name, what in rows:
+        for callers in (1, 2, 8, 64):
+            if median(what, "bridge", callers) is None:
+                continue
+            cells = [figure(median(what, way, callers)) for way in WAYS]
+            cpu = " / ".join(figure(median(what, way, callers, "cpu_us")) for way in ("bridge", "use_future"))
+            rest = [figure(median(what, "bridge", callers, counter), 2) for counter in ("allocations", "switches")]
+            lines.append(f"| {name}, {callers} | " + " | ".join(cells + [cpu] + rest) + " |")
+            name = "&nbsp;"
+    return "\n".join(lines)
+
+
+def includes():
+    lines = collections.defaultdict(dict)
+    seconds = collections.defaultdict(list)
+    for unit, kind, value in (line.split() for line in (folder / "include.txt").read_text().splitlines()):
+        if kind == "lines":
+            lines[unit] = int(value)
+        else:
+            seconds[unit].append(float(value))
+    asio, both = statistics.median(seconds["asio_only"]), statistics.median(seconds["with_bridge"])
+    return (f"Including the header compiles {lines['with_bridge']} lines in {both:.2f} s, the Asio headers alone "
+            f"{lines['asio_only']} in {asio:.2f} s: {100 * (both / asio - 1):.0f} % more.")
+
+
+def words():
+    def ratio(what, callers, a, b, counter="us"):
+        first, second = median(what, a, callers, counter), median(what, b, callers, counter)
+        return figure(first / second, 2) if first and second else "?"
+
+    cache = {size: [figure(median(f"cache_{size}/callable", "bridge", callers, "allocations"), 2) for callers in (1, 8)]
+             for size in (8, 32)}
+    spinning, futex = median("floor", "spinning", 1), median("floor", "futex", 1)
+    return "\n".join([
+        f"Two threads that hand a word to each other and back need {figure(futex)} us if they sleep in between, and "
+        f"{figure(spinning)} us if they spin: the floors of every call that leaves its thread.",
+        f"One of 10000 submitted at once takes {figure(median('submit', 'bridge', 1))} us.",
+        f"`use_future` takes {ratio('callable', 1, 'use_future', 'bridge')}, "
+        f"{ratio('callable', 8, 'use_future', 'bridge')} and {ratio('callable', 64, 'use_future', 'bridge')} times as "
+        f"long at 1, 8 and 64 callers, the seed {ratio('callable', 1, 'seed', 'bridge')}, "
+        f"{ratio('callable', 8, 'seed', 'bridge')} and {ratio('callable', 64, 'seed', 'bridge')} times; the echo at one "
+        f"caller takes {ratio('echo', 1, 'bridge', 'native')} times as long as the blocking calls.",
+        f"With `ASIO_RECYCLING_ALLOCATOR_CACHE_SIZE=8` a call allocates {cache[8][0]} times at one caller; with 32, "
+        f"{cache[32][1]} times at eight.",
+        f"A bridge is {context['bridge_bytes']} bytes and {context['core_bytes']} on the heap; a call is "
+        f"{context['call_bytes']} on the caller's stack.",
+        includes()])
+
+
+def picture():
+    colours = {"bridge": "#2563eb", "parking": "#93c5fd", "use_future": "#f59e0b", "by_hand": "#9ca3af", "seed": "#b45309"}
+    bars, y = [], 44
+    longest = max(median("callable", way, callers) or 0 for way in colours for callers in (1, 8, 64))
+    floors = [(name, median("floor", way, 1)) for way, name in (("spinning", "spinning floor"), ("futex", "sleeping floor"))]
+    longest = max([longest] + [value for _, value in floors])
+
+    def bar(name, value, colour):
+        nonlocal y
+        width = 430 * value / longest
+        bars.append(f'<text x="150" y="{y + 12}" text-anchor="end">{name}</text>'
+                    f'<rect x="158" y="{y}" width="{width:.1f}" height="16" fill="{colour}"/>'
+                    f'<text x="{164 + width:.1f}" y="{y + 12}">{figure(value)}</text>')
+        y += 20
+
+    for callers in (1, 8, 64):
+        bars.append(f'<text x="12" y="{y + 12}" font-weight="bold">{callers} caller{"s" if callers > 1 else ""}</text>')
+        y += 20
+        for way, colour in colours.items():
+            value = median("callable", way, callers)
+            if value is not None:
+                bar(WAYS[way], value, colour)
+        if callers == 1:
+            for name, value in floors:
+                if value is not None:
+                    bar(name, value, "#d1d5db")
+        y += 8
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="680" height="{y + 8}" font-family="sans-serif" font-size="12">'
+            f'<rect width="100%" height="100%" fill="white"/>'
+            f'<text x="12" y="24" font-size="14">Microseconds per call of a task that returns at once</text>'
+            + "".join(bars) + "</svg>\n")
+
+
+text = table() + "\n\n" + words() + "\n"
+print(text)
+(folder / "calls.svg").write_text(picture())
+if "--update" in sys.argv:
+    (root / "tests/bench/calls.svg").write_text(picture())
+    readme = root / "README.md"
+    before, rest = readme.read_text().split("<!-- tests/bench/run -->\n")
+    after = rest.split("<!-- /tests/bench/run -->\n")[1]
+    readme.write_text(f"{before}<!-- tests/bench/run -->\n{text}<!-- /tests/bench/run -->\n{after}")
