@@ -2,7 +2,7 @@
 //
 // Spinning before sleeping: when, for how long, and that nothing but speed depends on it.
 
-#include <time.h>
+#include <ctime>
 
 #include <asio/post.hpp>
 #include <asio/this_coro.hpp>

@@ -41,8 +41,10 @@ std::atomic<long> allocations{0};
 
 // Asio takes its frames with aligned_alloc, everybody else with operator new, which calls malloc.
 extern "C" {
+// NOLINTBEGIN(bugprone-reserved-identifier, readability-identifier-naming): the names are glibc's
 void* __libc_malloc(std::size_t);
 void* __libc_memalign(std::size_t, std::size_t);
+// NOLINTEND(bugprone-reserved-identifier, readability-identifier-naming)
 
 void* malloc(std::size_t size) {
   allocations.fetch_add(1, std::memory_order_relaxed);
@@ -304,8 +306,9 @@ void measure(benchmark::State& state) {
 
 template <class Way, class What>
 void add(const std::string& what, const std::string& name, std::initializer_list<int> callers) {
+  const std::string full_name = what + "/" + name;
   for (const int n : callers) {
-    benchmark::RegisterBenchmark((what + "/" + name).c_str(), measure<Way, What>)
+    benchmark::RegisterBenchmark(full_name.c_str(), measure<Way, What>)
         ->Threads(n)
         ->UseRealTime()
         ->Setup([](const benchmark::State&) { way<Way>.emplace(); })
