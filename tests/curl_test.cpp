@@ -305,7 +305,7 @@ TEST_CASE("curl: a source that gives too little or too much is an error, and nob
     co_return true;
   });
   Http http;
-  for (const std::uint64_t announced : {0, 3, 5, 200'000}) {
+  for (const std::uint64_t announced : {0U, 3U, 5U, 200'000U}) {
     curl::Request request = upload(server.url(), "text");
     request.body_size = announced;
     CHECK(http.failure(request) == (announced == 0 ? CURLE_OK : CURLE_BAD_FUNCTION_ARGUMENT));
@@ -603,7 +603,7 @@ TEST_CASE("curl: the delays grow, up to a limit, and differ") {
   auto driver = std::make_shared<curl::detail::Driver>(context.get_executor(), options);
   std::array<std::chrono::milliseconds, 3> least{1h, 1h, 1h}, most{};
   for (int i = 0; i < 1000; ++i) {
-    for (const std::size_t k : {0, 1, 2}) {
+    for (const std::size_t k : {0U, 1U, 2U}) {
       const auto delay = driver->delay_after(std::array{1, 2, 100}[k]);
       least[k] = std::min(least[k], delay);
       most[k] = std::max(most[k], delay);

@@ -32,9 +32,10 @@ std::string hmac(const std::string& key, const std::string& text) {
 
 std::string hex(const std::string& bytes) {
   std::string text;
-  for (const unsigned char byte : bytes) {
-    text += "0123456789abcdef"[byte >> 4U];
-    text += "0123456789abcdef"[byte & 15U];
+  for (const char byte : bytes) {
+    const auto bits = static_cast<unsigned char>(byte);
+    text += "0123456789abcdef"[bits >> 4U];
+    text += "0123456789abcdef"[bits & 15U];
   }
   return text;
 }
