@@ -239,13 +239,13 @@ struct Options {
   /// The worker's name in debuggers and process lists; cut to what the system takes (15 bytes on Linux).
   std::string thread_name = "runtime-bridge";
   Start start = Start::eager;
+  /// Gets, on the worker, each exception that escapes a raw handler on the bridge's context. What the hook itself
+  /// throws is dropped, and so is the exception where there is no hook.
+  std::function<void(std::exception_ptr)> on_stray_exception = nullptr;
   /// The longest that a thread spins before it sleeps: the caller of the only call in flight, even past its deadline,
   /// and after such a call the worker, which still serves whatever else comes. Spinning stops where it turns out to be
   /// in vain, on a machine with one core, and at zero.
   std::chrono::microseconds spin_limit{100};
-  /// Gets, on the worker, each exception that escapes a raw handler on the bridge's context. What the hook itself
-  /// throws is dropped, and so is the exception where there is no hook.
-  std::function<void(std::exception_ptr)> on_stray_exception = nullptr;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
