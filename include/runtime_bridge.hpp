@@ -573,6 +573,8 @@ class Call {
 
   /// Answers a call that was not sent.
   void refuse(BridgeError error) {
+    tickets_ = 0;  // it is over: a stop must not post for it
+    release_task();
     self_.reset();
     refusal_ = std::move(error);
     if (!answered()) answer_.set_value();
@@ -743,8 +745,8 @@ class Core : public std::enable_shared_from_this<Core> {
   template <class Condition>
   void emit_to_all(Condition condition) noexcept;
   void run() noexcept;
-  void abandon_calls() noexcept;
-  void settle() noexcept;
+  bool abandon_calls() noexcept;
+  void settle(std::chrono::milliseconds moment) noexcept;
   void linger();
   void keep_awake() noexcept;
 
@@ -1034,8 +1036,9 @@ inline void Core::run() noexcept {
   gate_.close();
   stopped_ = true;
   const bool abandoned = gate_.in_flight() != 0;
-  abandon_calls();
-  settle();
+  // A foreign thread that hands a task back may be preempted just then.
+  const bool foreign = abandon_calls();
+  settle(std::chrono::milliseconds(foreign ? 200 : 5));
 
   const std::lock_guard lock(mutex_);
   ended_ = true;
@@ -1044,9 +1047,9 @@ inline void Core::run() noexcept {
 }
 
 /// Ends the calls in flight: destroys those that wait on this context, and waits for those that wait on something
-/// foreign. A foreign completion comes back to this context, which must not die before.
-inline void Core::abandon_calls() noexcept {
-  if (gate_.in_flight() == 0) return;
+/// foreign. A foreign completion comes back to this context, which must not die before. True if there were such.
+inline bool Core::abandon_calls() noexcept {
+  if (gate_.in_flight() == 0) return false;
   // What is ready takes one step, so that it parks while the services still work, and is destroyed like the rest.
   OperationMemory memory;
   bool all_have_stepped = false;
@@ -1056,35 +1059,35 @@ inline void Core::abandon_calls() noexcept {
     survive([&] { return context_.run_one(); });
   }
 
-  bool cancelled = false;
+  survive([&] { return context_.destroy_parked(), 0; });
+  // What is left comes back from elsewhere, has just become ready or goes in circles. Let it end at its next co_await,
+  // for on services that are shut down operations seem to succeed.
+  emit_to_all([](Call& call) { return call.stopped_ = true; });
+  const bool foreign = gate_.in_flight() != 0;
   for (int handlers = 0; gate_.in_flight() != 0;) {
-    survive([&] { return context_.destroy_parked(), 0; });
     context_.restart();
     const bool idle = survive([&] { return context_.poll_one(); }) == 0;
-    if (!idle && ++handlers < patience) continue;
+    survive([&] { return context_.destroy_parked(), 0; });
+    if (gate_.in_flight() == 0 || (!idle && ++handlers < patience)) continue;
     handlers = 0;
-    if (!cancelled) {
-      // What is left comes back from elsewhere or goes in circles. Let it end at its next co_await, for on services
-      // that are shut down operations seem to succeed.
-      cancelled = true;
-      emit_to_all([](Call& call) { return call.stopped_ = true; });
-    } else if (idle) {
+    if (idle) {
       survive([&] { return context_.run_one(); });
     } else {
       // It ignores cancellation, and never waits.
       survive([&] { return context_.destroy_all(), 0; });
     }
   }
+  return foreign;
 }
 
 /// Destroys what raw users of the executor have left behind.
-inline void Core::settle() noexcept {
+inline void Core::settle(std::chrono::milliseconds moment) noexcept {
   // A foreign thread that has just handed a task back still holds the context for some instructions. If nothing else
   // does, this returns as soon as it lets go; if something does, Asio cannot tell them apart, so give it a moment.
   work_.reset();
-  const auto moment = std::chrono::steady_clock::now() + std::chrono::milliseconds(5);
+  const auto end = std::chrono::steady_clock::now() + moment;
   context_.restart();
-  survive([&] { return context_.run_until(moment); });
+  survive([&] { return context_.run_until(end); });
 
   survive([&] { return context_.destroy_parked(), 0; });
   context_.restart();
@@ -1274,8 +1277,9 @@ class JoinHandle;
 /// *Threads.* Every member function may be called from any thread, at the same time as any other; moving and assigning
 /// are as for any object. Calls in flight do not touch the bridge itself, so it may be destroyed under them.
 ///
-/// *Lifetimes.* I/O objects built on the bridge's executor must be destroyed before the bridge. The bridge may be
-/// destroyed by a task on its own worker: the worker then ends by itself, after that task's current step.
+/// *Lifetimes.* I/O objects built on the bridge's executor must be destroyed before the bridge, and must not be built
+/// by other threads while it is shut down: Asio adds its services without a lock then. The bridge may be destroyed by a
+/// task on its own worker: the worker then ends by itself, after that task's current step.
 ///
 /// *fork.* In a child process every call is `WorkerDead`, and shutting down or destroying the bridge does nothing.
 class RuntimeBridge {

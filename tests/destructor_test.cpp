@@ -366,3 +366,37 @@ TEST_CASE("destructor: everything is given back") {
   await_workers(0);
   CHECK(descriptors_of_this_process() == descriptors);
 }
+
+namespace {
+
+awaitable<void> wait_until_and_on(std::chrono::steady_clock::time_point first) {
+  asio::steady_timer timer(co_await asio::this_coro::executor, first);
+  co_await timer.async_wait(asio::use_awaitable);
+  timer.expires_after(std::chrono::hours(1));
+  co_await timer.async_wait(asio::use_awaitable);
+}
+
+}  // namespace
+
+// The model in tests/model found this one: the task became ready behind the step that all ready tasks are given, went
+// on after the services were shut down, and there an hour's wait was over at once.
+TEST_CASE("destructor: a timer that falls due while the worker stops does not let the task go on") {
+  std::optional<RuntimeBridge> bridge(std::in_place);
+  const auto due = std::chrono::steady_clock::now() + std::chrono::milliseconds(20);
+  auto waiting = bridge->submit(wait_until_and_on(due));
+  await_calls(*bridge, 1);
+  // The reactor learns nothing of the timer before the context has been stopped.
+  auto& context = bridge->get_executor().context();
+  std::binary_semaphore started(0);
+  auto busy = bridge->submit([&] {
+    started.release();
+    await_state([&] { return context.stopped() && std::chrono::steady_clock::now() > due; });
+  });
+  started.acquire();
+  bridge.reset();
+  CHECK(busy.join());
+  const auto result = waiting.join();
+  REQUIRE_FALSE(result);
+  CHECK(result.error() == BridgeError::ResponseLost);
+  CHECK_FALSE(result.error().cause());
+}

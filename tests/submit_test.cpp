@@ -11,6 +11,7 @@
 #include "support.hpp"
 
 using runtime_bridge::JoinHandle;
+using runtime_bridge::Shutdown;
 
 namespace {
 
@@ -281,4 +282,21 @@ TEST_CASE("submit: handle destruction against completion") {
   await_state([&] { return bridge.in_flight() == 0; });
   unwrap(bridge.block_on([] {}));
   CHECK(alive.use_count() == 1);
+}
+
+// The stress test found this one: the handle's stop was posted, in the memory of a call that had never been sent.
+TEST_CASE("submit: a refused call is over, task and all") {
+  Options options;
+  options.start = Start::lazy;
+  const RuntimeBridge bridge(options);  // without a worker, so what is posted stays where it is
+  REQUIRE(bridge.shutdown(Shutdown::drain));
+  auto owned = std::make_shared<int>(0);
+  const std::weak_ptr<int> watch = owned;
+  auto handle = bridge.submit([o = std::move(owned)] {});
+  CHECK(watch.expired());
+  handle.request_stop();
+  auto& context = bridge.get_executor().context();
+  context.restart();
+  CHECK(context.poll() == 0);
+  CHECK(handle.join().error() == BridgeError::WorkerDead);
 }
