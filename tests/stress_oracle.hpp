@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The tasks of the stress test, and the oracle: whether a call's outcome is one that the contract allows for what was
+// done to it and to its bridge, and whether all of it is gone when it is over.
+
+#ifndef RUNTIME_BRIDGE_TESTS_STRESS_ORACLE_HPP
+#define RUNTIME_BRIDGE_TESTS_STRESS_ORACLE_HPP
+
+#include <asio/thread_pool.hpp>
+#include <atomic>
+#include <cstdint>
+#include <initializer_list>
+#include <memory>
+#include <mutex>
+#include <stop_token>
+#include <string_view>
+
+#include "support.hpp"
+
+namespace stress {
+
+using Clock = std::chrono::steady_clock;
+using Payload = std::unique_ptr<std::uint64_t>;  // move-only, and tells whose value it is
+
+/// splitmix64: every task has dice of its own, so what it throws depends on the seed alone.
+class Dice {
+ public:
+  explicit Dice(std::uint64_t seed) : state_(seed) {}
+  std::uint64_t next() {
+    std::uint64_t z = (state_ += 0x9e3779b97f4a7c15);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+    return z ^ (z >> 31);
+  }
+  int under(int n) { return static_cast<int>(next() % static_cast<std::uint64_t>(n)); }
+  bool one_in(int n) { return under(n) == 0; }
+  template <class T>
+  T one_of(std::initializer_list<T> all) {
+    return *(all.begin() + under(static_cast<int>(all.size())));
+  }
+
+ private:
+  std::uint64_t state_;
+};
+
+/// What has been done to a bridge. Each is noted before it is done, but for `closed`.
+struct History {
+  int level = 0;
+  std::atomic<bool> closing{false};    // it is about to admit no more calls
+  std::atomic<bool> closed{false};     // it admits none
+  std::atomic<bool> cancelled{false};  // all its calls
+  std::atomic<bool> hard{false};       // its context may be stopped under calls
+};
+using Path = std::vector<std::shared_ptr<History>>;  // the bridges whose workers wait for the code that has this path
+
+struct Bridge {
+  Bridge(int level, const Options& options, bool makes_timers) : timers(makes_timers), bridge(options) {
+    history->level = level;
+    if (timers) const asio::steady_timer first(bridge.get_executor());
+  }
+  Bridge(const Bridge&) = delete;
+  Bridge& operator=(const Bridge&) = delete;
+  ~Bridge() { history->closing = history->hard = true; }
+
+  std::shared_ptr<History> history = std::make_shared<History>();
+  // Whether any thread may build timers on it. The first one adds a service to the context, which Asio does not allow
+  // while the context is shut down, so it is built above.
+  const bool timers;
+  RuntimeBridge bridge;
+};
+
+enum class Kind { returns, throws, suspends, hops, circles, parks, swallows, ignores, stops_itself, nests };
+
+struct Boom {
+  std::uint64_t id;
+};
+
+/// What all tasks of a round share.
+struct Ground {
+  void violation(const std::string& what) {
+    const std::lock_guard lock(mutex);
+    violations += what + "\n";
+  }
+
+  std::atomic<std::int64_t> frames{0}, operations{0};
+  asio::thread_pool pool{2};  // foreign to all bridges; it is never blocked
+  std::mutex mutex;           // guards what follows
+  std::string violations;
+};
+
+/// A task and what has become of it. The counters are plain: the answer must order them before the caller's look, and
+/// that is ThreadSanitizer's to check.
+struct Record {
+  void check(bool holds, std::string_view what) const {
+    if (!holds)
+      ground.violation("task " + std::to_string(id) + " of kind " + std::to_string(int(kind)) + ": " +
+                       std::string(what));
+  }
+  bool plain() const { return kind == Kind::returns || kind == Kind::throws || kind == Kind::nests; }
+  bool needs_stop() const { return kind == Kind::parks || kind == Kind::swallows; }
+
+  Ground& ground;
+  const std::shared_ptr<History> history;
+  const std::uint64_t id;
+  Path path{};                      // of its task
+  std::shared_ptr<Bridge> entry{};  // what the caller entered through
+  Kind kind = Kind::returns;
+  bool drops = false;          // the task drops `entry` before anything else
+  bool may_start = true;       // false: it must be refused
+  bool known_ring = false;     // to wait for it would close a ring, for sure
+  bool ring_possible = false;  // it might
+  std::stop_source source{};
+  Clock::time_point deadline = Clock::time_point::max();
+  int started = 0, returned = 0, threw = 0, frames = 0;
+};
+
+/// A coroutine's parameter, or a callable's capture.
+class Frame {
+ public:
+  explicit Frame(Record& record, std::shared_ptr<Record> keep = nullptr) : record_(&record), keep_(std::move(keep)) {
+    ++record.frames;
+    ++record.ground.frames;
+  }
+  Frame(Frame&& other) noexcept : record_(std::exchange(other.record_, nullptr)), keep_(std::move(other.keep_)) {}
+  Frame& operator=(Frame&&) = delete;
+  ~Frame() {
+    if (!record_) return;
+    --record_->frames;
+    --record_->ground.frames;
+  }
+  Frame another() const { return Frame(*record_, keep_); }
+  Record& record() const { return *record_; }
+
+ private:
+  Record* record_;
+  std::shared_ptr<Record> keep_;  // for a task that nobody waits for
+};
+
+void nest(Record& record);  // the driver's: more operations, on the worker
+
+inline awaitable<void> nap(Record& record, std::chrono::microseconds length) {
+  asio::steady_timer timer(co_await asio::this_coro::executor, length);
+  co_await timer.async_wait(use_awaitable);
+  record.check(Clock::now() >= timer.expiry(), "a timer that has not expired seems to");
+}
+
+inline awaitable<void> act(Record& r) {
+  const std::chrono::microseconds length(r.id % 500);
+  if (r.kind == Kind::throws) throw Boom{r.id};
+  if (r.kind == Kind::ignores) co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+  if (r.kind == Kind::hops) co_await asio::post(r.ground.pool, use_awaitable);
+  if (r.kind == Kind::ignores || r.kind == Kind::suspends || (r.kind == Kind::hops && r.id % 2))
+    co_await nap(r, length);
+  for (int i = 0; r.kind == Kind::circles && i < 20; ++i) co_await asio::post(use_awaitable);
+  if (r.kind == Kind::stops_itself) r.source.request_stop();
+  if (r.kind == Kind::parks || r.kind == Kind::stops_itself || r.kind == Kind::swallows) co_await park();
+  if (r.kind == Kind::nests) co_await asio::post(use_awaitable);
+}
+
+/// Its first step may destroy the bridge that it runs on.
+inline void begin(Record& record) {
+  ++record.started;
+  record.check(record.may_start, "it was started");
+  if (record.drops) record.entry.reset();
+}
+
+inline Payload end(Record& record) {
+  if (record.kind == Kind::nests) nest(record);
+  ++record.returned;
+  return std::make_unique<std::uint64_t>(record.id);
+}
+
+inline awaitable<Payload> task_of(Frame frame) {
+  Record& record = frame.record();
+  begin(record);
+  try {
+    co_await act(record);
+  } catch (...) {
+    ++record.threw;
+    if (record.kind != Kind::swallows) throw;
+    record.threw = 0;
+  }
+  co_return end(record);
+}
+
+struct Callable {
+  awaitable<Payload> operator()() const { return task_of(frame.another()); }
+  Frame frame;
+};
+
+struct Plain {
+  Payload operator()() const {
+    Record& record = frame.record();
+    begin(record);
+    if (record.kind == Kind::throws && ++record.threw) throw Boom{record.id};
+    return end(record);
+  }
+  Frame frame;
+};
+
+/// The oracle. `held` is how many frames are the caller's own.
+inline void judge(const Record& r, const Result<Payload>& result, int held) {
+  const History& history = *r.history;
+  const auto check = [&](bool holds, const char* what) {
+    if (!holds) r.check(false, what + (": " + outcome(result)));
+  };
+  const bool refused = !result.has_value() && result.error() == BridgeError::WouldDeadlock;
+  if (refused) check(r.ring_possible, "a ring where none can be");
+  if (refused && r.entry == nullptr && r.may_start) return;  // the handle was not joined: its task goes on
+  check(r.frames == held, "a frame or a capture outlives the call");
+  check(r.started <= 1 && r.returned + r.threw <= r.started, "it ran more than once");
+  check((r.returned == 1) == result.has_value(), "a value if and only if the task ended with one");
+  if (result.has_value()) return check(result->get() && **result == r.id, "not its own value");
+
+  const auto cause = result.error().cause();
+  if (r.started == 1) check(bool(cause) == (r.threw == 1) || history.hard, "not what it threw");
+  bool boom = false;
+  try {
+    if (cause) std::rethrow_exception(cause);
+  } catch (const Boom& thrown) {
+    boom = true;
+    check(thrown.id == r.id, "the exception of another");
+  } catch (const std::system_error& e) {
+    check(e.code() == asio::error::operation_aborted, "an exception from nowhere");
+  }
+  switch (result.error().kind()) {
+    case BridgeError::WorkerDead: check(history.closing && r.started == 0 && !cause, "the worker was not dead"); break;
+    case BridgeError::ResponseLost: check(boom || (!cause && history.hard), "lost without a reason"); break;
+    case BridgeError::TimedOut: check(Clock::now() >= r.deadline, "the deadline has not passed"); break;
+    case BridgeError::Cancelled: check(r.source.stop_requested() || history.cancelled, "nobody asked for it"); break;
+    case BridgeError::WouldDeadlock: check(r.started == 0, "it was started and refused"); break;
+  }
+}
+
+}  // namespace stress
+
+#endif  // RUNTIME_BRIDGE_TESTS_STRESS_ORACLE_HPP

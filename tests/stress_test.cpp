@@ -1,0 +1,302 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Seeded random schedules over all that is public, on several bridges, on and off their workers. What comes of each
+// call is judged by stress_oracle.hpp, and in the end everything must be given back.
+//
+//   RUNTIME_BRIDGE_SEED=N            runs this seed alone
+//   RUNTIME_BRIDGE_STRESS_SECONDS=S  runs random seeds for S seconds: the long form
+//
+// The seed decides what each thread does, not how the threads interleave: run a failing one more than once.
+
+#include "stress_oracle.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <random>
+#include <semaphore>
+
+using namespace stress;
+using runtime_bridge::JoinHandle;
+using runtime_bridge::Shutdown;
+
+namespace {
+
+struct Stray {
+  std::shared_ptr<std::atomic<bool>> seen;
+};
+
+class World : public Ground {
+ public:
+  explicit World(std::uint64_t seed) : seed_(seed), ordered_(seed % 2 == 0) {
+    Dice dice(~seed);
+    for (int level = 0; level < slots; ++level) bridges_[level] = make(dice, level);
+  }
+
+  void run() {
+    std::vector<std::jthread> threads;
+    for (std::uint64_t i = 0; i < 3; ++i) {
+      threads.emplace_back([this, i] {
+        Dice dice(seed_ * 64 + i);
+        for (int step = 0; step < 100; ++step) operate(dice, {});
+      });
+    }
+    threads.clear();
+    // First, for tasks that go on when their bridge is gone may enter the others.
+    if (!comes([&] { return frames == 0; })) violation("a frame is never destroyed");
+    // Nobody waits for anybody any more, so nothing is a ring.
+    for (const auto& a : bridges_) {
+      for (const auto& b : bridges_) {
+        if (a == b || a->history->closing || b->history->closing) continue;
+        const auto call = [&] { return b->bridge.block_on([] {}).has_value(); };
+        if (a->bridge.block_on(call) != true) violation("a call between idle bridges is refused");
+      }
+    }
+    for (auto& bridge : bridges_) {
+      if (!comes([&] { return bridge->bridge.in_flight() == 0; })) violation("in_flight does not come back to zero");
+      bridge.reset();
+    }
+    pool.join();
+  }
+
+  void operate(Dice& schedule, const Path& path) {
+    Dice dice(schedule.next());  // of its own, for how many it takes depends on what it meets
+    const int roll = dice.under(64);
+    ++operations;
+    if (roll < 32) return call(dice, path);
+    if (roll < 36) return call_operation(dice, path);
+    if (roll < 56) return submit(dice, path);
+    if (roll < 58) return stray(dice, path);
+    if (roll < 60) return shut(dice, path);
+    if (roll < 61) return move(dice, path);
+    replace(dice, path);
+  }
+
+  template <class Condition>
+  static bool comes(Condition condition) {
+    const auto end = Clock::now() + 20s;
+    while (!condition()) {
+      if (Clock::now() > end) return false;
+      std::this_thread::yield();
+    }
+    return true;
+  }
+
+ private:
+  static constexpr int slots = 3;
+
+  static std::shared_ptr<Bridge> make(Dice& dice, int level) {
+    Options options;
+    options.start = dice.one_of({Start::eager, Start::lazy});
+    options.spin_limit = dice.one_of({0us, 20us, 100us});
+    options.on_stray_exception = [](const std::exception_ptr& exception) {
+      try {
+        std::rethrow_exception(exception);
+      } catch (const Stray& stray) {
+        *stray.seen = true;
+      }
+    };
+    return std::make_shared<Bridge>(level, options, dice.one_in(2));
+  }
+
+  /// Whoever enters a bridge holds a reference; whoever drops the last one destroys it, be it a task on its worker.
+  std::shared_ptr<Bridge> take(Dice& dice, const Path& path) {
+    const int level = slot(dice, path);
+    const std::lock_guard lock(mutex);
+    return bridges_[level];
+  }
+  int slot(Dice& dice, const Path& path) const {
+    const int lowest = ordered_ && !path.empty() ? path.back()->level : 0;
+    return lowest + dice.under(slots - lowest);
+  }
+
+  void plan(Record& record, Dice& dice, const Path& path) {
+    const int roll = dice.under(path.size() < 3 ? 24 : 20);  // a bound on how deep calls are nested
+    record.kind = roll < 4 ? Kind::returns : roll < 20 ? Kind(1 + (roll - 4) / 2) : Kind::nests;
+    record.known_ring = std::find(path.begin(), path.end(), record.history) != path.end();
+    record.ring_possible = record.known_ring || (!ordered_ && !path.empty());
+  }
+
+  /// A caller cancels by a deadline, by a stop from elsewhere, by both, or not at all.
+  template <class Task>
+  auto enter(Record& record, Dice& dice, Task&& task) {
+    const RuntimeBridge& bridge = record.entry->bridge;
+    const auto limit = dice.one_of({-1us, 0us, 50us, 400us, 2'000us, 20'000us});
+    const bool has_deadline = dice.one_in(3), stopped = dice.one_in(16);
+    const bool stop = dice.one_in(4) || (record.needs_stop() && !has_deadline);
+    record.may_start = !stopped && !record.known_ring && !(has_deadline && limit <= 0us) && !record.history->closed;
+    if (stopped) record.source.request_stop();
+    if (stop) asio::post(pool, [source = record.source]() mutable { source.request_stop(); });
+    const std::stop_token token = record.source.get_token();
+    if (!has_deadline) return bridge.block_on(std::forward<Task>(task), token);
+    record.deadline = Clock::now() + limit;
+    if (limit == 400us) return bridge.block_on_until(std::forward<Task>(task), record.deadline, token);
+    return bridge.block_on_for(std::forward<Task>(task), limit, token);
+  }
+
+  void call(Dice& dice, const Path& path) {
+    auto bridge = take(dice, path);
+    Record record{*this, bridge->history, dice.next(), path, bridge};
+    bridge.reset();
+    record.path.push_back(record.history);
+    plan(record, dice, path);
+    record.drops = dice.one_in(3);
+    const int form = dice.under(4);
+    if (form == 0) return judge(record, enter(record, dice, task_of(Frame(record))), 0);
+    if (form == 1 && record.plain()) return judge(record, enter(record, dice, Plain{Frame(record)}), 1);
+    if (form == 2) return judge(record, enter(record, dice, Callable{Frame(record)}), 1);
+    const Callable callable{Frame(record)};
+    judge(record, enter(record, dice, callable), 1);
+  }
+
+  void call_operation(Dice& dice, const Path& path) {
+    const auto bridge = take(dice, path);
+    if (!bridge->timers) return;
+    Record record{*this, bridge->history, dice.next(), path, bridge};
+    plan(record, dice, path);
+    record.kind = Kind::suspends;
+    asio::steady_timer timer(bridge->bridge.get_executor(), std::chrono::microseconds(dice.under(500)));
+    const Result<void> result = enter(record, dice, timer.async_wait(asio::deferred));
+    if (!result.has_value()) {
+      record.threw = record.started = result.error().cause() ? 1 : 0;
+      return judge(record, runtime_bridge::detail::unexpected<BridgeError>(result.error()), 0);
+    }
+    record.check(record.may_start && Clock::now() >= timer.expiry(), "a timer that has not expired seems to");
+  }
+
+  std::pair<std::shared_ptr<Record>, JoinHandle<Payload>> send(Dice& dice, const Path& path, const Bridge& bridge) {
+    auto record = std::make_shared<Record>(Record{*this, bridge.history, dice.next(), {bridge.history}});
+    plan(*record, dice, path);
+    if (record->kind == Kind::stops_itself) record->kind = Kind::parks;  // the handle's stop is the owner's
+    // What this thread owns has no level, so it must not wait for what has one.
+    if (record->kind == Kind::nests && bridge.history->level == slots) record->kind = Kind::returns;
+    record->may_start = !bridge.history->closed;
+    const int form = dice.under(3);
+    if (form == 0) return {record, bridge.bridge.submit(task_of(Frame(*record, record)))};
+    if (form == 1 && record->plain()) return {record, bridge.bridge.submit(Plain{Frame(*record, record)})};
+    return {record, bridge.bridge.submit(Callable{Frame(*record, record)})};
+  }
+
+  void submit(Dice& dice, const Path& path) {
+    auto bridge = take(dice, path);
+    auto [record, handle] = send(dice, path, *bridge);
+    bridge.reset();
+    finish(*record, std::move(handle), dice.under(6));
+  }
+
+  /// All that can be done with a handle. No task is left that waits for ever.
+  void finish(Record& record, JoinHandle<Payload> handle, int end) {
+    const auto stop = [&] { record.source.request_stop(), handle.request_stop(); };
+    if (end == 0 && handle.wait_for(100us)) record.check(handle.done(), "waited for, and not done");
+    if (end == 1) handle = std::exchange(handle, JoinHandle<Payload>());
+    if (end <= 1 || (end == 2 && record.needs_stop())) stop();
+    if (end <= 2) return judge(record, handle.join(), 0);
+    if (end == 3) {
+      if (record.needs_stop()) stop();
+      return handle.detach();
+    }
+    if (end == 4) {
+      std::binary_semaphore told(0);
+      asio::post(pool, [&] { stop(), told.release(); });
+      const auto result = handle.join();
+      told.acquire();
+      return judge(record, result, 0);
+    }
+    handle = JoinHandle<Payload>();  // which stops and waits, but for a ring
+    if (!record.ring_possible) record.check(record.frames == 0, "the handle's destructor did not wait");
+  }
+
+  void shut(Dice& dice, const Path& path) {
+    const auto bridge = take(dice, path);
+    History& history = *bridge->history;
+    const auto how = dice.one_of({Shutdown::drain, Shutdown::cancel});
+    const auto limit = dice.one_of({0us, 300us, 2'000us});
+    const bool limited = dice.one_in(2);
+    history.closing = true;
+    if (how == Shutdown::cancel) history.cancelled = true;
+    if (limited) history.hard = true;
+    const bool complete = limited ? bridge->bridge.shutdown(how, limit) : bridge->bridge.shutdown(how);
+    history.closed = true;
+    if (!path.empty()) return;
+    if (!complete && !history.hard) violation("shutdown: false without a limit");
+    if (bridge->bridge.in_flight() != 0) violation("shutdown: returned with calls in flight");
+  }
+
+  void replace(Dice& dice, const Path& path) {
+    const int level = slot(dice, path);
+    auto bridge = make(dice, level);
+    const std::lock_guard lock(mutex);
+    bridges_[level].swap(bridge);
+  }
+
+  /// Moves of bridges that are this thread's own, with calls in flight.
+  void move(Dice& dice, const Path& path) {
+    const auto to = make(dice, slots), from = make(dice, slots);
+    std::vector<std::pair<std::shared_ptr<Record>, JoinHandle<Payload>>> calls;
+    for (int i = 0; i < 12; ++i) calls.push_back(send(dice, path, i % 3 ? *to : *from));
+    to->history->closing = to->history->hard = true;
+    std::swap(to->history, from->history);
+    to->bridge = std::move(from->bridge);
+    from->history->closed = true;
+    if (from->bridge.in_flight() != 0) violation("a bridge that was moved from has calls in flight");
+    for (const auto& bridge : {to, from}) calls.push_back(send(dice, path, *bridge));
+    for (auto& [record, handle] : calls) finish(*record, std::move(handle), dice.under(6));
+  }
+
+  void stray(Dice& dice, const Path& path) {
+    const auto bridge = take(dice, path);
+    const auto seen = std::make_shared<std::atomic<bool>>(false);
+    asio::post(bridge->bridge.get_executor(), [seen] { throw Stray{seen}; });
+    const bool next = bridge->bridge.block_on([] {}).has_value();
+    if (next && !*seen) violation("a stray exception was not handed to the hook");
+  }
+
+  const std::uint64_t seed_;
+  const bool ordered_;  // a worker waits for bridges of its own level or a higher one only: nothing closes a ring
+  std::array<std::shared_ptr<Bridge>, slots> bridges_;  // guarded by `mutex`
+};
+
+}  // namespace
+
+/// More operations, on the worker.
+void stress::nest(Record& record) {
+  Dice dice(record.id);
+  for (int i = 0; i < 2; ++i) static_cast<World&>(record.ground).operate(dice, record.path);
+}
+
+namespace {
+
+std::int64_t run_seed(std::uint64_t seed) {
+  std::fprintf(stderr, "\rseed %llu ", static_cast<unsigned long long>(seed));  // in case of a crash or a hang
+  const std::size_t descriptors = descriptors_of_this_process();
+  World world(seed);
+  alarm(100);
+  world.run();
+  if (!World::comes([] { return workers_of_this_process() == 0; })) world.violation("workers are left");
+  if (!World::comes([&] { return descriptors_of_this_process() == descriptors; }))
+    world.violation("descriptors are left");
+  alarm(0);
+  INFO("RUNTIME_BRIDGE_SEED=" << seed << "\n" << world.violations);
+  REQUIRE(world.violations.empty());
+  return world.operations;
+}
+
+}  // namespace
+
+TEST_CASE("stress: random schedules over all operations") {
+  const char* const one = std::getenv("RUNTIME_BRIDGE_SEED");
+  const char* const seconds = std::getenv("RUNTIME_BRIDGE_STRESS_SECONDS");
+  const auto begin = Clock::now();
+  std::int64_t operations = 0;
+  if (one) {
+    operations = run_seed(std::strtoull(one, nullptr, 10));
+  } else if (seconds) {
+    std::random_device random;
+    const auto end = begin + std::chrono::seconds(std::strtoll(seconds, nullptr, 10));
+    while (Clock::now() < end) operations += run_seed(random());
+  } else {
+    for (std::uint64_t seed = 1; seed <= 60; ++seed) operations += run_seed(seed);
+  }
+  const double took = std::chrono::duration<double>(Clock::now() - begin).count();
+  std::printf("%lld operations, %.0f in a second\n", static_cast<long long>(operations), double(operations) / took);
+}
