@@ -12,6 +12,7 @@
 #include <exception>
 #include <functional>
 #include <future>
+#include <iomanip>
 #include <iostream>
 #include <latch>
 #include <memory>
@@ -185,7 +186,7 @@ void run(int count, char** arguments) {
   PgRefBackend refs(client);
   need_server(refs.create_table(), "PostgreSQL server", "postgres");
   if (line.has("benchmark")) {
-    std::cout.precision(3);
+    std::cout << std::fixed << std::setprecision(1);
     for (const int callers : {1, 8}) benchmark(client, settings.conninfo, callers);
     return;
   }
