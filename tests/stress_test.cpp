@@ -30,7 +30,7 @@ class World : public Ground {
  public:
   explicit World(std::uint64_t seed) : seed_(seed), ordered_(seed % 2 == 0) {
     Dice dice(~seed);
-    for (int level = 0; level < slots; ++level) bridges_[level] = make(dice, level);
+    for (int level = 0; level < slots; ++level) bridges_[static_cast<std::size_t>(level)] = make(dice, level);
   }
 
   void run() {
@@ -103,7 +103,7 @@ class World : public Ground {
   std::shared_ptr<Bridge> take(Dice& dice, const Path& path) {
     const int level = slot(dice, path);
     const std::lock_guard lock(mutex);
-    return bridges_[level];
+    return bridges_[static_cast<std::size_t>(level)];
   }
   int slot(Dice& dice, const Path& path) const {
     const int lowest = ordered_ && !path.empty() ? path.back()->level : 0;
@@ -226,7 +226,7 @@ class World : public Ground {
     const int level = slot(dice, path);
     auto bridge = make(dice, level);
     const std::lock_guard lock(mutex);
-    bridges_[level].swap(bridge);
+    bridges_[static_cast<std::size_t>(level)].swap(bridge);
   }
 
   /// Moves of bridges that are this thread's own, with calls in flight.
