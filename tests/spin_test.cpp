@@ -6,15 +6,11 @@
 
 #include <asio/post.hpp>
 #include <asio/this_coro.hpp>
-#include <asio/use_awaitable.hpp>
 #include <future>
 #include <thread>
 
 #include "support.hpp"
 
-using namespace std::chrono_literals;
-using runtime_bridge::Options;
-using runtime_bridge::RuntimeBridge;
 using runtime_bridge::Shutdown;
 using runtime_bridge::detail::Experience;
 
@@ -28,9 +24,9 @@ std::chrono::nanoseconds cpu_time(clockid_t clock) {
 
 RuntimeBridge spinning_for(std::chrono::microseconds limit) { return RuntimeBridge(Options{.spin_limit = limit}); }
 
-asio::awaitable<void> sleep(std::chrono::milliseconds duration) {
+awaitable<void> sleep(std::chrono::milliseconds duration) {
   asio::steady_timer timer(co_await asio::this_coro::executor, duration);
-  co_await timer.async_wait(asio::use_awaitable);
+  co_await timer.async_wait(use_awaitable);
 }
 
 /// What this thread computes during a call that takes 50 ms.

@@ -108,9 +108,9 @@ def words():
 def picture():
     colours = {"bridge": "#2563eb", "parking": "#93c5fd", "use_future": "#f59e0b", "by_hand": "#9ca3af", "seed": "#b45309"}
     bars, y = [], 44
-    longest = max(median("callable", way, callers) or 0 for way in colours for callers in (1, 8, 64))
     floors = [(name, median("floor", way, 1)) for way, name in (("spinning", "spinning floor"), ("futex", "sleeping floor"))]
-    longest = max([longest] + [value for _, value in floors])
+    calls = [median("callable", way, callers) or 0 for way in colours for callers in (1, 8, 64)]
+    longest = max(calls + [value for _, value in floors])
 
     def bar(name, value, colour):
         nonlocal y
@@ -129,8 +129,7 @@ def picture():
                 bar(WAYS[way], value, colour)
         if callers == 1:
             for name, value in floors:
-                if value is not None:
-                    bar(name, value, "#d1d5db")
+                bar(name, value, "#d1d5db")
         y += 8
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="680" height="{y + 8}" font-family="sans-serif" font-size="12">'
             f'<rect width="100%" height="100%" fill="white"/>'
@@ -140,7 +139,6 @@ def picture():
 
 text = table() + "\n\n" + words() + "\n"
 print(text)
-(folder / "calls.svg").write_text(picture())
 if "--update" in sys.argv:
     (root / "tests/bench/calls.svg").write_text(picture())
     readme = root / "README.md"
