@@ -742,11 +742,12 @@ class Core : public std::enable_shared_from_this<Core> {
 
   void end_call(Call& call) noexcept;
   void cancel_calls() noexcept;
+  void stop() noexcept;
   template <class Condition>
   void emit_to_all(Condition condition) noexcept;
   void run() noexcept;
-  bool abandon_calls() noexcept;
-  void settle(std::chrono::milliseconds moment) noexcept;
+  void abandon_calls() noexcept;
+  void settle() noexcept;
   void linger();
   void keep_awake() noexcept;
 
@@ -911,6 +912,13 @@ inline void Core::cancel_calls() noexcept {
   });
 }
 
+/// Ends the worker's loop, unless it has ended: what the worker does after it is not to be cut short.
+inline void Core::stop() noexcept {
+  if (!gate_.enter_post()) return;
+  const Poster poster(gate_);
+  context_.stop();
+}
+
 /// Cancels the coroutines whose call meets the condition. An emit may run other tasks to their end, which takes them
 /// off whatever list they are on.
 template <class Condition>
@@ -1036,9 +1044,8 @@ inline void Core::run() noexcept {
   gate_.close();
   stopped_ = true;
   const bool abandoned = gate_.in_flight() != 0;
-  // A foreign thread that hands a task back may be preempted just then.
-  const bool foreign = abandon_calls();
-  settle(std::chrono::milliseconds(foreign ? 200 : 5));
+  abandon_calls();
+  settle();
 
   const std::lock_guard lock(mutex_);
   ended_ = true;
@@ -1047,9 +1054,9 @@ inline void Core::run() noexcept {
 }
 
 /// Ends the calls in flight: destroys those that wait on this context, and waits for those that wait on something
-/// foreign. A foreign completion comes back to this context, which must not die before. True if there were such.
-inline bool Core::abandon_calls() noexcept {
-  if (gate_.in_flight() == 0) return false;
+/// foreign. A foreign completion comes back to this context, which must not die before.
+inline void Core::abandon_calls() noexcept {
+  if (gate_.in_flight() == 0) return;
   // What is ready takes one step, so that it parks while the services still work, and is destroyed like the rest.
   OperationMemory memory;
   bool all_have_stepped = false;
@@ -1063,7 +1070,6 @@ inline bool Core::abandon_calls() noexcept {
   // What is left comes back from elsewhere, has just become ready or goes in circles. Let it end at its next co_await,
   // for on services that are shut down operations seem to succeed.
   emit_to_all([](Call& call) { return call.stopped_ = true; });
-  const bool foreign = gate_.in_flight() != 0;
   for (int handlers = 0; gate_.in_flight() != 0;) {
     context_.restart();
     const bool idle = survive([&] { return context_.poll_one(); }) == 0;
@@ -1077,15 +1083,15 @@ inline bool Core::abandon_calls() noexcept {
       survive([&] { return context_.destroy_all(), 0; });
     }
   }
-  return foreign;
 }
 
 /// Destroys what raw users of the executor have left behind.
-inline void Core::settle(std::chrono::milliseconds moment) noexcept {
-  // A foreign thread that has just handed a task back still holds the context for some instructions. If nothing else
-  // does, this returns as soon as it lets go; if something does, Asio cannot tell them apart, so give it a moment.
+inline void Core::settle() noexcept {
+  // A foreign thread that has just handed a task back still holds the context for some instructions, and may be
+  // preempted there. If nothing else does, this returns as soon as it lets go; but Asio cannot tell it from operations
+  // that were destroyed or left behind, so with such give it time.
   work_.reset();
-  const auto end = std::chrono::steady_clock::now() + moment;
+  const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
   context_.restart();
   survive([&] { return context_.run_until(end); });
 
@@ -1099,7 +1105,7 @@ inline bool Core::shut_down(Shutdown how, SteadyTime deadline, bool last) noexce
   if (how == Shutdown::cancel) cancel_calls();
   const auto none = std::chrono::nanoseconds::zero();
   // With calls in flight the last of them does this.
-  if (gate_.in_flight() == 0 || time_left(deadline) == none) context_.stop();
+  if (gate_.in_flight() == 0 || time_left(deadline) == none) stop();
 
   if (!begin_wait(nullptr)) {
     const std::lock_guard lock(mutex_);
@@ -1113,7 +1119,7 @@ inline bool Core::shut_down(Shutdown how, SteadyTime deadline, bool last) noexce
   while (!ended_) {
     const std::chrono::nanoseconds left = time_left(deadline);
     if (left == none) {
-      context_.stop();
+      stop();
       changed_.wait(lock, [&] { return ended_; });
     } else {
       changed_.wait_for(lock, left);
@@ -1323,7 +1329,8 @@ class RuntimeBridge {
 
   /// Stops the worker now and joins it. Suspended tasks are destroyed on the worker, and their callers get
   /// `ResponseLost`; a task that is ready to go on does so until it waits. A task that waits for something foreign
-  /// (another context, a pool, a look-up of a name) is cancelled and waited for.
+  /// (another context, a pool, a look-up of a name) is cancelled and waited for. Takes a fifth of a second if anything
+  /// was suspended on the context: a foreign thread may still be at it.
   ~RuntimeBridge() {
     if (!core_) return;
     if (core_->forked()) {

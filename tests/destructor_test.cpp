@@ -268,6 +268,56 @@ TEST_CASE("destructor: a task that looks up names") {
   }
 }
 
+TEST_CASE("destructor: waits for a foreign thread that is held up while it hands a task back") {
+  // In the second round something is left on the context besides, which Asio cannot tell from that thread.
+  for (const bool leftover : {false, true}) {
+    std::thread foreign;
+    std::latch answered(1);
+    std::atomic<bool> let_go{false};
+    const auto from_elsewhere = [&](auto handler) {
+      foreign = std::thread([&, h = std::move(handler)]() mutable {
+        const auto work = asio::prefer(asio::get_associated_executor(h), asio::execution::outstanding_work.tracked);
+        asio::post(work, std::move(h));
+        answered.wait();
+        std::this_thread::sleep_for(20ms);  // longer than it takes to end a worker
+        let_go = true;
+      });
+    };
+    std::optional<RuntimeBridge> bridge(std::in_place);
+    if (leftover) asio::co_spawn(bridge->get_executor(), park(), asio::detached);
+    const Result<void> result = bridge->block_on([&]() -> awaitable<void> {
+      co_await asio::async_initiate<decltype(use_awaitable), void()>(from_elsewhere, use_awaitable);
+    });
+    answered.count_down();
+    bridge.reset();
+    CHECK(let_go);
+    CHECK(result.has_value());
+    foreign.join();
+  }
+}
+
+// Race: a coroutine is destroyed by another thread while the worker runs others, or is being stopped.
+TEST_CASE("destructor: a coroutine that something foreign destroys") {
+  for (int round = 0; round < 100; ++round) {
+    std::optional<RuntimeBridge> bridge(std::in_place);
+    std::optional<asio::io_context> elsewhere(std::in_place);
+    auto handle = bridge->submit([&]() -> awaitable<void> { co_await asio::post(*elsewhere, use_awaitable); });
+    await_calls(*bridge, 1);
+    std::latch ready(1);
+    {
+      const std::jthread other([&](const std::stop_token& stop) {
+        ready.count_down();
+        if (round % 2) return bridge.reset();
+        while (!stop.stop_requested()) (void)bridge->block_on([] { return asio::post(use_awaitable); });
+      });
+      ready.wait();
+      elsewhere.reset();
+      REQUIRE(outcome(handle.join()) == response_lost);
+    }
+    if (bridge) REQUIRE(bridge->in_flight() == 0);
+  }
+}
+
 // Race: pool threads hand tasks back to the context while the worker destroys what is parked on it.
 TEST_CASE("destructor: against foreign completions") {
   asio::thread_pool pool(2);

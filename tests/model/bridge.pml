@@ -10,7 +10,7 @@
 // - asio::post puts a handler at the end of a queue under a lock, and is `inside` the context before and after that.
 //   Asio moves a handler out of its memory before it calls it.
 // - A task starts inline (co_spawn dispatches), ends at a co_await once it was cancelled, and does not throw.
-// - Settle's five milliseconds are enough for a foreign thread to let go of the context.
+// - Settle's 200 milliseconds are enough for a foreign thread to let go of the context.
 // Not in it: rings of waiting bridges, fork, raw handlers, tasks that ignore cancellation (patience, destroy_all), the
 // caller's spin, which does nothing but look at the answer.
 //
@@ -28,7 +28,6 @@
 //   SELF              the task of call 0 destroys the bridge
 //   STEPS             how many times a task may wait (1)
 //   INSIDE_IS_FINE    do not refuse that services are shut down while a thread is inside asio::post
-//   SHORT_LIMIT       a stop of the context ends Core.settle's wait early, as run_until does
 //   MUTANT_name       a mistake; tests/model/run lists them
 
 #ifndef CALLERS
@@ -400,6 +399,21 @@ inline cancel_calls() {
   ok = false
 }
 
+inline stop() {
+#ifdef MUTANT_stop_cuts_settle_short
+  context_stopped = true;
+#else
+  enter(POSTER, NO_POSTS);                                       // Core.stop: if (!gate_.enter_post()) return
+  if
+  :: !ok
+  :: else ->
+    touch_core; context_stopped = true;                          // Core.stop: context_.stop()
+    leave()                                                      // Core.stop: ~Poster
+  fi;
+  ok = false
+#endif
+}
+
 // --- Callers: block_on_until, or submit and detach
 
 active [CALLERS] proctype caller() {
@@ -628,7 +642,7 @@ take:
       if
       :: c == 0 ->                                               // ~RuntimeBridge on the worker: shut_down(drain, min, last)
         d_step { word = word | NO_CALLS; closed = true };        // Core.shut_down: close_to_calls()
-        context_stopped = true;                                  // Core.shut_down: context_.stop()
+        stop();                                                  // Core.shut_down: stop()
         lock();                                                  // Core.shut_down: !begin_wait; lock(mutex_)
         if :: joinable -> d_step { joinable = false; joined = true } :: else fi;  // Core.shut_down: thread_.detach()
         unlock();
@@ -772,11 +786,7 @@ begin_settle:
 #endif
 #ifndef MUTANT_no_settle
   context_stopped = false;                                       // Core.settle: context_.restart()
-#ifdef SHORT_LIMIT
-  context_stopped || foreign_inside == 0;                        // Core.settle: context_.run_until(moment)
-#else
-  foreign_inside == 0;
-#endif
+  context_stopped || foreign_inside == 0;                        // Core.settle: context_.run_until(end)
 #endif
 
 settle:
@@ -824,14 +834,14 @@ inline shut_down(id, how) {
 #ifndef MUTANT_in_flight_before_close
   seen = CALLS(word);                                            // Core.shut_down: in_flight() == 0
 #endif
-  if :: seen == 0 || passed -> context_stopped = true :: else fi;  // Core.shut_down: context_.stop()
+  if :: seen == 0 || passed -> stop() :: else fi;                // Core.shut_down: stop()
   seen = 0;
   lock();                                                        // Core.shut_down: lock(mutex_)
   do                                                             // Core.shut_down: while (!ended_)
   :: ended -> break
   :: !ended && !passed && MAY_PASS -> passed = true
   :: !ended && passed ->
-    context_stopped = true;                                      // Core.shut_down: context_.stop(); changed_.wait(ended_)
+    stop();                                                      // Core.shut_down: stop(); changed_.wait(ended_)
     do :: ended -> break :: else -> wait_changed(id) od
   :: !ended && !passed ->                                        // Core.shut_down: changed_.wait_for(lock, left)
     d_step { asleep[id] = true; mutex = false }
