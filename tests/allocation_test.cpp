@@ -1,0 +1,691 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What happens without memory: whole scenarios are run again and again, and each time the next allocation fails, on
+// whatever thread it is, until one passes unharmed. No failure is silent, loses an answer, leaks or does harm to what
+// comes after it.
+
+#include <array>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+#include <stop_token>
+#include <string>
+#include <utility>
+
+#include "support.hpp"
+
+using runtime_bridge::Shutdown;
+
+namespace {
+
+// Asio has weak spots that no bridge can cover: without memory it ends the program
+//   - where it destroys a suspended coroutine, by posting it from a destructor,
+//   - before 1.23 also in the initiation of an operation that a coroutine waits for, and of the one with which a
+//     coroutine on any_io_executor starts,
+//   - in some versions where it makes the exception of a failed operation.
+// So the workers are spared there. Where an exception is thrown through its coroutines Asio destroys some, so a
+// lasting shortage leaves the workers the memory for that: frames and handlers.
+constexpr bool initiations_may_fail = ASIO_VERSION >= 102300;
+
+// And newer versions (1.36, not 1.30) lose a block where they run out of memory while they make an io_context.
+constexpr long lost_by_asio = ASIO_VERSION > 103002 ? 1 : 0;
+
+enum class Kind {
+  general,  // operator new
+  asio,     // aligned_alloc: Asio's frames and handlers
+};
+
+struct Shortage {
+  std::atomic<long> first{0};  // the allocation that fails; 0 if none is to
+  std::atomic<bool> lasts{false};
+  std::atomic<bool> workers_spared{false};
+  std::atomic<bool> frames_spared{false};  // those of the workers
+  std::atomic<long> seen{0};
+  std::atomic<long> hit{0};  // how many have failed
+  std::atomic<long> on_workers{0};
+
+  bool hits(Kind kind) noexcept;
+
+  void begin(long n, bool lasting) noexcept {
+    seen = hit = on_workers = 0;
+    workers_spared = false;
+    lasts = lasting;
+    first = n;
+  }
+  void end() noexcept { first = 0; }
+
+  /// A step of the scenario is over, and with it the shortage, if it has begun.
+  void end_step() noexcept {
+    workers_spared = false;
+    if (hit != 0) end();
+  }
+};
+
+Shortage shortage;
+std::atomic<long> blocks{0};       // taken with operator new and not given back
+thread_local bool caller = false;  // else this thread is a worker
+thread_local long failed_here = 0;
+
+bool Shortage::hits(Kind kind) noexcept {
+  if (first == 0) return false;
+  if (!caller && (workers_spared || (kind == Kind::asio && (lasts || frames_spared)))) return false;
+  const long n = ++seen;
+  if (lasts ? n < first : n != first) return false;
+  ++hit;
+  ++failed_here;
+  if (!caller) ++on_workers;
+  return true;
+}
+
+void* take(std::size_t size, std::size_t alignment = alignof(std::max_align_t)) noexcept {
+  void* p = nullptr;
+  if (shortage.hits(Kind::general) || posix_memalign(&p, alignment, size) != 0) return nullptr;
+  ++blocks;
+  return p;
+}
+
+void* take_or_throw(std::size_t size, std::size_t alignment = alignof(std::max_align_t)) {
+  if (void* p = take(size, alignment)) return p;
+  throw std::bad_alloc();
+}
+
+void give_back(void* p) noexcept {
+  if (p) --blocks;
+  std::free(p);
+}
+
+}  // namespace
+
+// Not inlined: g++ would see only one half of a pair and warn of a mismatch. The other forms end up in these.
+[[gnu::noinline]] void* operator new(std::size_t size) { return take_or_throw(size); }
+[[gnu::noinline]] void* operator new(std::size_t size, const std::nothrow_t&) noexcept { return take(size); }
+[[gnu::noinline]] void* operator new[](std::size_t size) { return take_or_throw(size); }
+[[gnu::noinline]] void* operator new[](std::size_t size, const std::nothrow_t&) noexcept { return take(size); }
+[[gnu::noinline]] void* operator new(std::size_t size, std::align_val_t alignment) {
+  return take_or_throw(size, static_cast<std::size_t>(alignment));
+}
+[[gnu::noinline]] void* operator new(std::size_t size, std::align_val_t alignment, const std::nothrow_t&) noexcept {
+  return take(size, static_cast<std::size_t>(alignment));
+}
+[[gnu::noinline]] void* operator new[](std::size_t size, std::align_val_t alignment) {
+  return take_or_throw(size, static_cast<std::size_t>(alignment));
+}
+[[gnu::noinline]] void* operator new[](std::size_t size, std::align_val_t alignment, const std::nothrow_t&) noexcept {
+  return take(size, static_cast<std::size_t>(alignment));
+}
+[[gnu::noinline]] void operator delete(void* p) noexcept { give_back(p); }
+[[gnu::noinline]] void operator delete(void* p, std::size_t) noexcept { give_back(p); }
+[[gnu::noinline]] void operator delete(void* p, const std::nothrow_t&) noexcept { give_back(p); }
+[[gnu::noinline]] void operator delete(void* p, std::align_val_t) noexcept { give_back(p); }
+[[gnu::noinline]] void operator delete(void* p, std::size_t, std::align_val_t) noexcept { give_back(p); }
+[[gnu::noinline]] void operator delete(void* p, std::align_val_t, const std::nothrow_t&) noexcept { give_back(p); }
+[[gnu::noinline]] void operator delete[](void* p) noexcept { give_back(p); }
+[[gnu::noinline]] void operator delete[](void* p, std::size_t) noexcept { give_back(p); }
+[[gnu::noinline]] void operator delete[](void* p, const std::nothrow_t&) noexcept { give_back(p); }
+[[gnu::noinline]] void operator delete[](void* p, std::align_val_t) noexcept { give_back(p); }
+[[gnu::noinline]] void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { give_back(p); }
+[[gnu::noinline]] void operator delete[](void* p, std::align_val_t, const std::nothrow_t&) noexcept { give_back(p); }
+
+extern "C" void* aligned_alloc(std::size_t alignment, std::size_t size) noexcept {
+  void* p = nullptr;
+  if (shortage.hits(Kind::asio)) return nullptr;
+  return posix_memalign(&p, alignment, size) == 0 ? p : nullptr;
+}
+
+namespace {
+
+bool is_bad_alloc(const std::exception_ptr& cause) noexcept {
+  if (!cause) return false;
+  try {
+    std::rethrow_exception(cause);
+  } catch (const std::bad_alloc&) {
+    return true;
+  } catch (...) {
+    return false;
+  }
+}
+
+// How often a shortage was told: thrown, as the cause of an error, as an error code, or to the hook of a worker.
+std::atomic<long> told{0};
+std::atomic<long> tasks_begun{0};
+
+Options options(Start start = Start::eager) {
+  Options result;
+  result.start = start;
+  result.on_stray_exception = [](const std::exception_ptr& stray) {
+    if (is_bad_alloc(stray)) ++told;
+  };
+  return result;
+}
+
+/// A part of a task: what is alive of them must not outlive the call.
+struct Part {
+  Part() noexcept { ++alive; }
+  Part(const Part&) noexcept { ++alive; }
+  Part(Part&&) noexcept { ++alive; }
+  Part& operator=(const Part&) = default;
+  Part& operator=(Part&&) = default;
+  ~Part() { --alive; }
+  static inline std::atomic<long> alive{0};
+};
+
+/// What a scenario goes through. It takes no memory, and so keeps its complaints for later.
+class Scene {
+ public:
+  void expect(bool holds, const char* complaint) noexcept {
+    if (!holds && count_ < complaints_.size()) complaints_.at(count_++) = complaint;
+  }
+
+  /// Anything that throws std::bad_alloc if, and only if, there is no memory for it. True if there was.
+  template <class Step>
+  bool attempt(Step step) {
+    const long before = failed_here;
+    try {
+      step();
+      expect(failed_here == before, "a failure on the calling thread was swallowed");
+      shortage.end_step();
+      return true;
+    } catch (const std::bad_alloc&) {
+      expect(failed_here != before, "std::bad_alloc out of nowhere");
+      ++told;
+      shortage.end_step();
+      return false;
+    }
+  }
+
+  /// A call, which must end as it does `undisturbed` unless a failure hits it, and leave nothing behind.
+  template <class Undisturbed, class Call>
+  void call(const RuntimeBridge& bridge, Undisturbed undisturbed, Call call) {
+    const long on_workers = shortage.on_workers;
+    const long alive = Part::alive;
+    tasks_begun = 0;
+    const bool was = attempt([&] {
+      const auto result = call();
+      if (!result.has_value() && is_bad_alloc(result.error().cause())) ++told;
+      if (undisturbed(result)) return;
+      expect(shortage.on_workers != on_workers, "an outcome that nothing explains");
+      expect(!result.has_value() && result.error() == BridgeError::ResponseLost, "another error than ResponseLost");
+      if (result.has_value() || is_bad_alloc(result.error().cause())) return;
+      // The exception went through Asio, past the coroutine.
+      expect(initiations_may_fail && !result.error().cause(), "ResponseLost for the wrong cause");
+    });
+    expect(was || tasks_begun == 0, "std::bad_alloc for a call that was");
+    expect(bridge.in_flight() == 0, "the call is still in flight");
+    expect(Part::alive == alive, "something of the task outlives its call");
+  }
+
+  /// Something that is not put to the test.
+  template <class Step>
+  static void calmly(Step step) {
+    const long first = shortage.first.exchange(0);
+    step();
+    shortage.workers_spared = false;
+    shortage.first = first;
+  }
+
+  /// A task whose end is told to nobody.
+  void not_told() noexcept { silent_ = true; }
+  [[nodiscard]] bool silent() const noexcept { return silent_; }
+
+  /// The bridge works as ever.
+  void works(const RuntimeBridge& bridge) {
+    shortage.end();
+    expect(bridge.block_on([] { return 1; }) == 1, "the bridge does not work any more");
+    expect(bridge.block_on([]() -> awaitable<int> { co_return 2; }) == 2, "the bridge runs no coroutines any more");
+  }
+
+  [[nodiscard]] std::string complaints() const {
+    std::string all;
+    for (std::size_t i = 0; i < count_; ++i) all += std::string("\n  ") + complaints_.at(i);
+    return all;
+  }
+
+ private:
+  std::array<const char*, 16> complaints_{};
+  std::size_t count_ = 0;
+  bool silent_ = false;
+};
+
+/// Lets the first allocation of the scenario fail, then the second and so on, until there is none left to fail: first
+/// that one alone, then with all others until the scenario's step is over. The scenario takes memory `at_least` so
+/// often.
+template <class Scenario>
+void sweep(long at_least, Scenario scenario, bool frames_spared = false) {
+  caller = true;
+  shortage.frames_spared = frames_spared;
+  {
+    Scene calm;  // which also takes what is taken once
+    scenario(calm);
+    REQUIRE(calm.complaints().empty());
+  }
+  for (const bool lasting : {false, true}) {
+    for (long n = 1;; ++n) {
+      INFO("allocation " << n << (lasting ? " fails with those after it" : " fails"));
+      await_workers(0);
+      const std::size_t descriptors = descriptors_of_this_process();
+      const long blocks_before = blocks;
+      const long alive = Part::alive;
+      told = 0;
+      Scene scene;
+      shortage.begin(n, lasting);
+      try {
+        scenario(scene);
+      } catch (...) {
+        shortage.end();
+        throw;
+      }
+      shortage.end();
+
+      const long hit = shortage.hit;
+      await_workers(0);
+      const long leaked = blocks - blocks_before;
+      INFO("complaints:" << scene.complaints());
+      CHECK(leaked >= 0);
+      CHECK(leaked <= lost_by_asio);
+      CHECK(Part::alive == alive);
+      CHECK(descriptors_of_this_process() == descriptors);
+      CHECK(scene.complaints().empty());
+      if (!scene.silent()) {
+        if (lasting) {
+          CHECK((told > 0) == (hit > 0));
+        } else {
+          CHECK(told == hit);
+        }
+      }
+      if (hit == 0) {
+        CHECK(n > at_least);  // else it was not put to the test
+        break;
+      }
+      REQUIRE(n < 1000);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tasks
+
+// Before an operation of Asio is initiated.
+void initiate() noexcept {
+  if (!initiations_may_fail) shortage.workers_spared = true;
+}
+
+using Plain = asio::io_context::executor_type;
+
+template <class Executor>
+using Timer =
+    asio::basic_waitable_timer<std::chrono::steady_clock, asio::wait_traits<std::chrono::steady_clock>, Executor>;
+
+template <class Executor>
+asio::awaitable<int, Executor> seven([[maybe_unused]] Part part) {
+  ++tasks_begun;
+  co_return 7;
+}
+
+template <class Executor>
+asio::awaitable<int, Executor> hop([[maybe_unused]] Part part) {
+  ++tasks_begun;
+  initiate();
+  co_await asio::post(asio::use_awaitable_t<Executor>());
+  co_return 8;
+}
+
+template <class Executor>
+asio::awaitable<int, Executor> nap([[maybe_unused]] Part part) {
+  ++tasks_begun;
+  Timer<Executor> timer(co_await asio::this_coro::executor, 0ms);
+  initiate();
+  co_await timer.async_wait(asio::use_awaitable_t<Executor>());
+  co_return 9;
+}
+
+template <class Executor>
+asio::awaitable<int, Executor> fail([[maybe_unused]] Part part) {
+  ++tasks_begun;
+  throw 42;
+  co_return 0;
+}
+
+/// Waits for its cancellation.
+asio::awaitable<int, Plain> park([[maybe_unused]] Part part) {
+  ++tasks_begun;
+  Timer<Plain> timer(co_await asio::this_coro::executor, 24h);
+  shortage.workers_spared = true;  // what follows is Asio's error
+  co_await timer.async_wait(asio::use_awaitable_t<Plain>());
+  co_return 0;
+}
+
+/// Undisturbed, the call gives this.
+auto gives(int value) {
+  return [value](const Result<int>& result) { return result.has_value() && *result == value; };
+}
+auto gives(BridgeError::Kind kind) {
+  return [kind](const auto& result) { return !result.has_value() && result.error() == kind; };
+}
+auto succeeds = [](const auto& result) { return result.has_value(); };
+
+template <class Executor>
+void every_kind_of_task(Scene& scene, Start start) {
+  std::optional<RuntimeBridge> bridge;
+  if (!scene.attempt([&] { bridge.emplace(options(start)); })) return;
+  const auto& b = *bridge;
+  const Part part;
+
+  scene.call(b, gives(6), [&] { return b.block_on([part] { return ++tasks_begun, 6; }); });
+  scene.call(b, succeeds, [&] { return b.block_on([part] { ++tasks_begun; }); });
+  scene.call(b, gives(7), [&] { return b.block_on([part] { return seven<Executor>(part); }); });
+  scene.call(b, gives(7), [&] { return b.block_on(seven<Executor>(part)); });
+  scene.call(b, gives(8), [&] { return b.block_on([part] { return hop<Executor>(part); }); });
+  scene.call(b, gives(9), [&] { return b.block_on([part] { return nap<Executor>(part); }); });
+  const auto operation = [&] {
+    asio::steady_timer timer(b.get_executor(), 0ms);
+    auto deferred = timer.async_wait(asio::deferred);
+    const auto wait = [&deferred, part](auto token) {
+      ++tasks_begun;
+      initiate();
+      return deferred(std::move(token));
+    };
+    return b.block_on(wait);
+  };
+  scene.call(b, succeeds, operation);
+  const auto threw_42 = [](const Result<int>& result) {
+    return gives(BridgeError::ResponseLost)(result) && result.error().cause() && !is_bad_alloc(result.error().cause());
+  };
+  scene.call(b, threw_42, [&] { return b.block_on([part] { return fail<Executor>(part); }); });
+  scene.call(b, threw_42, [&] { return b.block_on([part]() -> int { throw 42; }); });
+  scene.works(b);
+}
+
+}  // namespace
+
+TEST_CASE("allocation: without memory for a bridge its constructor throws, and there is none") {
+  SECTION("eager") {
+    sweep(5, [](Scene& scene) {
+      std::optional<RuntimeBridge> bridge;
+      if (scene.attempt([&] { bridge.emplace(options()); })) scene.works(*bridge);
+    });
+  }
+  SECTION("lazy: the first call throws, and the next one tries again") {
+    sweep(8, [](Scene& scene) {
+      std::optional<RuntimeBridge> bridge;
+      if (!scene.attempt([&] { bridge.emplace(options(Start::lazy)); })) return;
+      scene.call(*bridge, gives(3), [&] { return bridge->block_on([] { return ++tasks_begun, 3; }); });
+      scene.works(*bridge);
+    });
+  }
+  SECTION("create tells not_enough_memory") {
+    sweep(5, [](Scene& scene) {
+      auto made = RuntimeBridge::create(options());
+      scene.expect(made.has_value() == (shortage.hit == 0), "create does not tell what happened");
+      shortage.end_step();
+      if (made.has_value()) return scene.works(*made);
+      scene.expect(made.error() == std::errc::not_enough_memory, "create tells another error");
+      ++told;
+    });
+  }
+  SECTION("with a long name") {
+    sweep(5, [](Scene& scene) {
+      std::optional<RuntimeBridge> bridge;
+      const auto make = [&] { bridge.emplace(RuntimeBridge::with_thread_name("runtime-bridge, and no short name")); };
+      if (scene.attempt(make)) scene.works(*bridge);
+    });
+  }
+  SECTION("moving takes none") {
+    sweep(12, [](Scene& scene) {
+      std::optional<RuntimeBridge> bridge;
+      if (!scene.attempt([&] { bridge.emplace(options()); })) return;
+      RuntimeBridge heir(std::move(*bridge));
+      const auto gone = [&] { return bridge->block_on([] { return ++tasks_begun, 3; }); };
+      scene.call(*bridge, gives(BridgeError::WorkerDead), gone);
+      scene.attempt([&] { heir = RuntimeBridge(options()); });
+      scene.call(heir, gives(4), [&] { return heir.block_on([] { return ++tasks_begun, 4; }); });
+      scene.works(heir);
+    });
+  }
+}
+
+TEST_CASE("allocation: without memory for a call it never was; without memory for its task it is ResponseLost") {
+  SECTION("on the worker's own executor") {
+    sweep(20, [](Scene& scene) { every_kind_of_task<Plain>(scene, Start::eager); });
+  }
+  SECTION("on a lazy bridge") {
+    sweep(20, [](Scene& scene) { every_kind_of_task<Plain>(scene, Start::lazy); });
+  }
+  SECTION("on any_io_executor") {
+    const auto scenario = [](Scene& scene) { every_kind_of_task<asio::any_io_executor>(scene, Start::eager); };
+    sweep(20, scenario, !initiations_may_fail);
+  }
+}
+
+TEST_CASE("allocation: cancelling takes none") {
+  sweep(20, [](Scene& scene) {
+    std::optional<RuntimeBridge> bridge;
+    std::optional<std::stop_source> stop;
+    if (!scene.attempt([&] { bridge.emplace(options()); }) || !scene.attempt([&] { stop.emplace(); })) return;
+    const auto& b = *bridge;
+    const Part part;
+
+    const auto parks = [part] { return park(part); };
+    scene.call(b, gives(BridgeError::TimedOut), [&] { return b.block_on_for(parks, 1ms); });
+    scene.call(b, gives(BridgeError::TimedOut), [&] { return b.block_on_for(parks, 0ms); });
+
+    const auto asks_to_be_stopped = [&stop, part] {
+      stop->request_stop();
+      return park(part);
+    };
+    const auto stopped = [&] { return b.block_on(asks_to_be_stopped, stop->get_token()); };
+    scene.call(b, gives(BridgeError::Cancelled), stopped);
+    stop->request_stop();
+    scene.call(b, gives(BridgeError::Cancelled), stopped);  // before it has begun
+
+    const auto through_its_handle = [&] {
+      auto handle = b.submit(parks);
+      await_state([&] { return handle.done() || tasks_begun == 1; });
+      handle.request_stop();
+      return handle.join();
+    };
+    scene.call(b, gives(BridgeError::Cancelled), through_its_handle);
+    scene.works(b);
+  });
+}
+
+TEST_CASE("allocation: submitting") {
+  sweep(20, [](Scene& scene) {
+    std::optional<RuntimeBridge> bridge;
+    if (!scene.attempt([&] { bridge.emplace(options(Start::lazy)); })) return;
+    const auto& b = *bridge;
+    const Part part;
+
+    const auto submitted = [&](auto task) {
+      const long alive = Part::alive;
+      auto handle = b.submit(std::move(task));
+      auto result = handle.join();
+      scene.expect(Part::alive <= alive, "something of the task outlives its answer");
+      return result;
+    };
+    scene.call(b, gives(6), [&] { return submitted([part] { return ++tasks_begun, 6; }); });
+    scene.call(b, gives(7), [&] { return submitted([part] { return seven<Plain>(part); }); });
+    scene.call(b, gives(7), [&] { return submitted(seven<Plain>(part)); });
+    scene.call(b, gives(8), [&] { return submitted([part] { return hop<Plain>(part); }); });
+
+    const long on_workers = shortage.on_workers;
+    const auto detached = [&] {
+      b.submit([part] { return hop<Plain>(part); }).detach();
+      await_state([&] { return b.in_flight() == 0; });
+      return Result<int>(0);
+    };
+    scene.call(b, succeeds, detached);
+    const auto dropped = [&] {
+      {
+        const auto handle = b.submit([part] { return park(part); });
+      }
+      return Result<int>(0);
+    };
+    scene.call(b, succeeds, dropped);
+    if (shortage.on_workers != on_workers) scene.not_told();
+    scene.works(b);
+  });
+}
+
+TEST_CASE("allocation: calls of workers, and the rings that they would close") {
+  sweep(30, [](Scene& scene) {
+    std::optional<RuntimeBridge> first;
+    std::optional<RuntimeBridge> second;
+    if (!scene.attempt([&] { first.emplace(options()); })) return;
+    if (!scene.attempt([&] { second.emplace(options()); })) return scene.works(*first);
+    const auto& a = *first;
+    const auto& b = *second;
+    const Part part;
+
+    const auto nested = [&] { return a.block_on([&, part] { return unwrap(b.block_on([part] { return 5; })); }); };
+    const auto nested_coroutine = [&] {
+      return a.block_on([&, part] { return unwrap(b.block_on([part] { return seven<Plain>(part); })); });
+    };
+    scene.call(a, gives(5), nested);
+    scene.call(a, gives(7), nested_coroutine);
+
+    // Naming the ring takes memory, and a note that is not taken back would be a false alarm later.
+    const auto refused = [](Result<int> result) {
+      if (!gives(BridgeError::WouldDeadlock)(result)) (void)unwrap(std::move(result));
+      return 1;
+    };
+    const auto own = [&] { return a.block_on([&, part] { return refused(a.block_on([part] { return 0; })); }); };
+    scene.call(a, gives(1), own);
+    const auto ring = [&] {
+      return a.block_on(
+          [&, part] { return unwrap(b.block_on([&, part] { return refused(a.block_on([part] { return 0; })); })); });
+    };
+    scene.call(a, gives(1), ring);
+    scene.call(a, gives(5), nested);
+    const auto joined = [&] {
+      return a.block_on([&, part] {
+        auto handle = a.submit([part] { return 0; });
+        return refused(handle.join());
+      });
+    };
+    scene.call(a, gives(1), [&] {
+      auto result = joined();
+      await_state([&] { return a.in_flight() == 0; });  // the handle has detached its task
+      return result;
+    });
+    scene.call(b, gives(6), [&] { return b.block_on([&] { return unwrap(a.block_on([] { return 6; })); }); });
+    scene.works(a);
+    scene.works(b);
+  });
+}
+
+TEST_CASE("allocation: shutting down takes none") {
+  const auto scenario = [](Scene& scene, Shutdown how, bool parks) {
+    std::optional<RuntimeBridge> bridge;
+    if (!scene.attempt([&] { bridge.emplace(options()); })) return;
+    const auto& b = *bridge;
+    const Part part;
+
+    const auto under_a_call = [&] {
+      auto handle = b.submit([part, parks] { return parks ? park(part) : hop<Plain>(part); });
+      if (parks) await_state([&] { return handle.done() || tasks_begun == 1; });
+      scene.expect(b.shutdown(how), "the shutdown has left calls");
+      return handle.join();
+    };
+    const auto over = [&](const Result<int>& result) {
+      return parks ? gives(BridgeError::Cancelled)(result)
+                   : gives(8)(result) || (how == Shutdown::cancel && gives(BridgeError::Cancelled)(result));
+    };
+    scene.call(b, over, under_a_call);
+    scene.expect(b.shutdown(how), "a second shutdown has left calls");
+
+    // Memory is needed for the call all the same, and what is refused must be given back.
+    const auto dead = gives(BridgeError::WorkerDead);
+    scene.call(b, dead, [&] { return b.block_on([part] { return ++tasks_begun, 1; }); });
+    scene.call(b, dead, [&] { return b.block_on(seven<Plain>(part)); });
+    scene.call(b, dead, [&] { return b.submit([part] { return ++tasks_begun, 1; }).join(); });
+    scene.call(b, dead, [&] { return b.submit(seven<Plain>(part)).join(); });
+  };
+  SECTION("drain") {
+    sweep(20, [&](Scene& scene) { scenario(scene, Shutdown::drain, false); });
+  }
+  SECTION("cancel") {
+    sweep(20, [&](Scene& scene) { scenario(scene, Shutdown::cancel, false); });
+  }
+  SECTION("cancel, what is parked") {
+    sweep(20, [&](Scene& scene) { scenario(scene, Shutdown::cancel, true); });
+  }
+}
+
+TEST_CASE("allocation: destroying the bridge under calls takes none") {
+  const auto scenario = [](Scene& scene) {
+    std::optional<RuntimeBridge> bridge;
+    std::optional<Result<int>> blocked;
+    std::thread other;
+    runtime_bridge::JoinHandle<int> first;
+    runtime_bridge::JoinHandle<int> second;
+    Scene::calmly([&] {
+      bridge.emplace(options());
+      other = std::thread([&] {
+        caller = true;
+        blocked = bridge->block_on([] { return park(Part()); });
+      });
+      first = bridge->submit(park(Part()));
+      second = bridge->submit([part = Part()] { return park(part); });
+      await_calls(*bridge, 3);
+    });
+    scene.attempt([&] { bridge.reset(); });
+    shortage.end();
+    other.join();
+    scene.expect(outcome(*blocked) == response_lost, "the blocked caller got another outcome");
+    scene.expect(outcome(first.join()) == response_lost, "the first handle got another outcome");
+    scene.expect(outcome(second.join()) == response_lost, "the second handle got another outcome");
+  };
+  sweep(0, scenario, true);  // for Asio takes a frame's memory to destroy what is suspended
+}
+
+TEST_CASE("allocation: a bridge that is destroyed by its own task") {
+  sweep(10, [](Scene& scene) {
+    const auto last_owner = [] {
+      auto bridge = std::make_shared<RuntimeBridge>(options());
+      const RuntimeBridge& b = *bridge;
+      b.submit([bridge = std::move(bridge), part = Part()] {}).detach();
+    };
+    scene.attempt(last_owner);
+    await_state([] { return Part::alive == 0; });
+  });
+}
+
+TEST_CASE("allocation: many callers, of which each gets its answer") {
+  sweep(50, [](Scene& scene) {
+    std::optional<RuntimeBridge> bridge;
+    std::array<std::thread, 3> callers;
+    std::atomic<bool> may_begin{false};
+    std::atomic<int> wrong{0};
+    const auto ends_well = [&](auto call) {
+      const long before = failed_here;
+      try {
+        const auto result = call();
+        if (result == 7 && failed_here == before) return;
+        if (result.has_value() || !is_bad_alloc(result.error().cause())) ++wrong;
+      } catch (const std::bad_alloc&) {
+        if (failed_here == before) ++wrong;
+      }
+      ++told;
+    };
+    const auto work = [&] {
+      caller = true;
+      await_state([&] { return may_begin.load(); });
+      for (int i = 0; i < 5; ++i) {
+        ends_well([&] { return bridge->block_on([part = Part()] { return 7; }); });
+        ends_well([&] { return bridge->block_on([part = Part()] { return seven<Plain>(part); }); });
+        ends_well([&] { return bridge->submit([part = Part()] { return seven<Plain>(part); }).join(); });
+      }
+    };
+    Scene::calmly([&] {
+      bridge.emplace(options());
+      for (std::thread& thread : callers) thread = std::thread(work);
+    });
+    may_begin = true;
+    for (std::thread& thread : callers) thread.join();
+    scene.expect(wrong == 0, "a call ended in a way that nothing explains");
+    scene.expect(bridge->in_flight() == 0, "a call is still in flight");
+    scene.works(*bridge);
+  });
+}
