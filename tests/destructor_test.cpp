@@ -296,7 +296,8 @@ TEST_CASE("destructor: waits for a foreign thread that is held up while it hands
   }
 }
 
-// Race: a coroutine is destroyed by another thread while the worker runs others, or is being stopped.
+// Race: what a coroutine waits for is destroyed by another thread, which makes Asio hand the coroutine back to be
+// destroyed here, while the worker runs others or is being stopped.
 TEST_CASE("destructor: a coroutine that something foreign destroys") {
   for (int round = 0; round < 100; ++round) {
     std::optional<RuntimeBridge> bridge(std::in_place);

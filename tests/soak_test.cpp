@@ -17,11 +17,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-std::size_t threads_of_this_process() {
-  const std::filesystem::directory_iterator begin("/proc/self/task");
-  return static_cast<std::size_t>(std::distance(begin, std::filesystem::directory_iterator()));
-}
-
 std::size_t resident_pages() {
   std::size_t size = 0;
   std::size_t resident = 0;
@@ -91,12 +86,12 @@ TEST_CASE("soak: memory, threads and descriptors stay where they are") {
         wrong += outcome(parked.join()) == response_lost ? 0 : 1;
       }
     });
-    // What is needed most of the time between the first and the second fifth, and in the last.
+    // The most memory that is needed in the second fifth of the time, after warming up, and in the last.
     while (Clock::now() - begin < length) {
       const auto part = (Clock::now() - begin) * 5 / length;
       if (part == 1) pages_early = std::max(pages_early, resident_pages());
       if (part == 4) pages_late = std::max(pages_late, resident_pages());
-      most_threads = std::max(most_threads, threads_of_this_process());
+      most_threads = std::max(most_threads, entries("/proc/self/task"));
       most_descriptors = std::max(most_descriptors, descriptors_of_this_process());
       std::this_thread::sleep_for(10ms);
     }

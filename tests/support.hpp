@@ -118,10 +118,11 @@ inline void await_workers(std::size_t number) {
   await_state([&] { return workers_of_this_process() == number; });
 }
 
-inline std::size_t descriptors_of_this_process() {
-  const std::filesystem::directory_iterator begin("/proc/self/fd");
+inline std::size_t entries(const char* folder) {
+  const std::filesystem::directory_iterator begin(folder);
   return static_cast<std::size_t>(std::distance(begin, std::filesystem::directory_iterator()));
 }
+inline std::size_t descriptors_of_this_process() { return entries("/proc/self/fd"); }
 
 /// Runs `body` in a child process and gives its exit code; -1 for a signal, which is what a hang ends with.
 template <class Body>
