@@ -47,7 +47,6 @@
 #endif
 
 #include <pthread.h>
-#include <sched.h>
 
 #include <array>
 #include <atomic>
@@ -242,9 +241,11 @@ struct Options {
   /// Gets, on the worker, each exception that escapes a raw handler on the bridge's context. What the hook itself
   /// throws is dropped, and so is the exception where there is no hook.
   std::function<void(std::exception_ptr)> on_stray_exception = nullptr;
-  /// The longest that a thread spins before it sleeps: the caller of the only call in flight, even past its deadline,
-  /// and after such a call the worker, which still serves whatever else comes. Spinning stops where it turns out to be
-  /// in vain, on a machine with one core, and at zero.
+  /// The longest that a thread spins before it sleeps: a caller while its call is the only one in flight, even past its
+  /// deadline, and after a call that was spun for the worker, which still serves whatever else comes. With several
+  /// calls in flight the callers yield instead, up to 64 times. Whoever spins yields in between as well, unless the
+  /// threads that it yields to are found to compute. Nobody spins where that has lately been in vain, on a machine with
+  /// one core, and at zero.
   std::chrono::microseconds spin_limit{100};
 };
 
@@ -535,15 +536,6 @@ inline void pause() noexcept {
 #endif
 }
 
-/// The processor that this thread is on; -1 where that cannot be told.
-inline int this_processor() noexcept {
-#ifdef __linux__
-  return sched_getcpu();
-#else
-  return -1;
-#endif
-}
-
 class Ticket;
 struct Running;
 
@@ -715,7 +707,7 @@ class Core : public std::enable_shared_from_this<Core> {
   /// A worker waits for at most one bridge, so following the notes finds every ring, and only rings.
   bool begin_wait(Call* call, std::shared_ptr<const char>* ring = nullptr);
 
-  /// Spins for the answer of a call that has the worker to itself, if that is promising. True if the answer has come.
+  /// Waits a little for the answer without sleeping, if that is promising. True if it has come.
   bool spin(const Call& call) noexcept;
 
   /// Takes the note back, for a wait that ended without an answer.
@@ -750,6 +742,7 @@ class Core : public std::enable_shared_from_this<Core> {
   void settle() noexcept;
   void linger();
   void keep_awake() noexcept;
+  bool yield() noexcept;
 
   /// Posts `handler`, in memory that is there already.
   template <class Handler>
@@ -798,8 +791,8 @@ class Core : public std::enable_shared_from_this<Core> {
   std::atomic<bool> cancel_asked_{false};
   OperationMemory cancel_memory_;
   Experience spins_;
-  static constexpr int nobody = -2;
-  std::atomic<int> spinner_{nobody};  // the processor of the caller that spins; a hint
+  std::atomic<int> spinners_{0};  // callers that spin; a hint
+  std::atomic<SteadyTime> yields_again_{SteadyTime::min()};
 
   // The worker's own.
   Experience lingers_;
@@ -951,13 +944,9 @@ inline void Core::end_call(Call& call) noexcept {
   std::shared_ptr<Call>(std::move(call.self_)).reset();
   if (gate_.end_call()) context_.stop();
   // A ticket that never got to the worker is dropped by the caller's thread.
-  const int spinner = current_ == this && !stopped_ ? spinner_.load(std::memory_order_relaxed) : nobody;
+  const bool stay_awake = current_ == this && !stopped_ && spinners_.load(std::memory_order_relaxed) != 0;
   answer.set_value();
-  if (spinner == nobody) return;
-  // A caller on this very processor could not see the answer: it was in the way.
-  const bool paid = spinner < 0 || spinner != this_processor();
-  spins_.learn(paid);
-  if (paid) keep_awake();
+  if (stay_awake) keep_awake();
 }
 
 /// A caller that spun for its answer may well call again: the worker had better not be asleep then.
@@ -973,33 +962,53 @@ inline void Core::keep_awake() noexcept {
 }
 
 /// A handler that comes again and again keeps the loop from going to sleep, and lets everything else through. In
-/// between it leaves the loop's lock alone, for whoever posts.
+/// between it leaves the loop's lock alone, for whoever posts. While a caller spins it goes on, for what the task waits
+/// for may be about to come.
 inline void Core::linger() {
   post_in(linger_memory_, [this] {
     if (stopped_) return;
     for (int i = 0; i < 32 && gate_.in_flight() == 0; ++i) pause();
-    if (!called_ && std::chrono::steady_clock::now() < linger_end_) return linger();
+    if (gate_.in_flight() != 0) yield();
+    const bool awaited = !called_ || spinners_.load(std::memory_order_relaxed) != 0;
+    if (awaited && std::chrono::steady_clock::now() < linger_end_) return linger();
     lingering_ = false;
     lingers_.learn(called_);
   });
 }
 
+/// Lets other threads have the processor: who makes the next call or the answer may be one of them. A thread that
+/// computes keeps it for milliseconds, though, and would have been preempted by whoever wakes up. So once that happens
+/// nobody yields for a while, and this is false.
+inline bool Core::yield() noexcept {
+  const SteadyTime before = std::chrono::steady_clock::now();
+  if (before < yields_again_.load(std::memory_order_relaxed)) return false;
+  std::this_thread::yield();
+  const SteadyTime after = std::chrono::steady_clock::now();
+  if (after - before < std::chrono::milliseconds(1)) return true;
+  yields_again_.store(after + std::chrono::milliseconds(100), std::memory_order_relaxed);
+  return false;
+}
+
 inline bool Core::spin(const Call& call) noexcept {
   static const bool one_core = std::thread::hardware_concurrency() == 1;
+  if (one_core || options_.spin_limit <= std::chrono::microseconds::zero() || !spins_.encourages()) return false;
   const auto alone = [&] { return gate_.in_flight() <= 1; };
-  if (one_core || options_.spin_limit <= std::chrono::microseconds::zero() || !alone() || !spins_.encourages())
-    return false;
   const SteadyTime end = time_after(options_.spin_limit);
-  spinner_.store(this_processor(), std::memory_order_relaxed);
+  spinners_.fetch_add(1, std::memory_order_relaxed);
   bool answered = false;
+  bool yields = true;
+  int turns = 64;
   do {
-    for (int i = 0; i < 32 && !answered; ++i) {
+    for (int i = 0; i < 32 && !answered && alone(); ++i) {
       pause();
       answered = call.answered();
     }
-  } while (!answered && alone() && std::chrono::steady_clock::now() < end);
-  spinner_.store(nobody, std::memory_order_relaxed);
-  if (!answered) spins_.learn(false);  // else the worker has learnt from it
+    if (answered) break;
+    yields = yields && yield();
+    answered = call.answered();
+  } while (!answered && (alone() ? std::chrono::steady_clock::now() < end : yields && --turns > 0));
+  spinners_.fetch_sub(1, std::memory_order_relaxed);
+  spins_.learn(answered);
   return answered;
 }
 
