@@ -26,6 +26,11 @@
 #error "runtime_bridge needs standalone Asio 1.22.1 or newer"
 #endif
 
+#include <asio/detail/config.hpp>
+#ifndef ASIO_HAS_CO_AWAIT
+#error "Asio sees no coroutines: with clang and Asio < 1.24 add -DASIO_HAS_CO_AWAIT=1 -DASIO_HAS_STD_COROUTINE=1"
+#endif
+
 #include <asio/any_io_executor.hpp>
 #include <asio/awaitable.hpp>
 #include <asio/bind_allocator.hpp>
@@ -41,10 +46,6 @@
 #include <asio/ip/udp.hpp>
 #include <asio/post.hpp>
 #include <asio/use_awaitable.hpp>
-
-#ifndef ASIO_HAS_CO_AWAIT
-#error "Asio sees no coroutines: with clang and Asio < 1.24 add -DASIO_HAS_CO_AWAIT=1 -DASIO_HAS_STD_COROUTINE=1"
-#endif
 
 #include <pthread.h>
 
