@@ -60,6 +60,8 @@ target_compile_options(runtime_bridge_warnings INTERFACE
   -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror ${RUNTIME_BRIDGE_PROGRAM_FLAGS})
 target_link_options(runtime_bridge_warnings INTERFACE ${RUNTIME_BRIDGE_PROGRAM_FLAGS})
 if(RUNTIME_BRIDGE_SANITIZER STREQUAL "thread" AND CMAKE_CXX_COMPILER_ID MATCHES "Clang")
-  # clang 14's runtime defines operator new, and so does a test: the first one, the test's, is taken.
-  target_link_options(runtime_bridge_warnings INTERFACE -Wl,--allow-multiple-definition)
+  # clang's runtime for C++ defines operator new and is first on the line: it would take the place of what a test
+  # defines. Nothing else in it is used, and what drives C leaves it out.
+  target_link_options(runtime_bridge_warnings INTERFACE --driver-mode=gcc)
+  target_link_libraries(runtime_bridge_warnings INTERFACE ${CMAKE_CXX_IMPLICIT_LINK_LIBRARIES})
 endif()

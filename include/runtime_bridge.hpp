@@ -108,7 +108,7 @@ class [[nodiscard]] BridgeError {
  public:
   enum Kind {
     WorkerDead = 1,  ///< The task was not started: there is no worker to run it.
-    ResponseLost,    ///< The task threw, or the worker was stopped under it.
+    ResponseLost,    ///< The task threw, or was destroyed before its end.
     TimedOut,        ///< The deadline passed; the task was cancelled and is over.
     Cancelled,       ///< A stop was requested; the task was cancelled and is over.
     WouldDeadlock,   ///< The task was not started: waiting for it could never end.
@@ -588,7 +588,8 @@ class Call {
     if (stage_ == Stage::starting) {
       return {BridgeError::ResponseLost, std::make_exception_ptr(std::bad_alloc()), literal("the task did not start")};
     }
-    return {BridgeError::ResponseLost, nullptr, literal("the worker was stopped under the task")};
+    return {BridgeError::ResponseLost, nullptr,
+            literal(abandoned_ ? "the worker was stopped under the task" : "the task was destroyed before its end")};
   }
 
  protected:
@@ -601,6 +602,7 @@ class Call {
   std::exception_ptr cause_;
   Running* running_ = nullptr;  // the worker's own: what cancels the task while it runs
   bool stopped_ = false;        // it was cancelled because the worker was stopped
+  bool abandoned_ = false;      // the worker had been stopped when it ended
 
  private:
   friend class Core;
@@ -929,6 +931,7 @@ void Core::emit_to_all(Condition condition) noexcept {
 
 inline void Core::end_call(Call& call) noexcept {
   call.release_task();
+  call.abandoned_ = current_ == this && stopped_;
   // Exactly here a waiting worker is free again: a note that stood any longer would be a false alarm.
   Core* none = nullptr;
   if (!call.waiter_.compare_exchange_strong(none, this)) {
@@ -1372,7 +1375,8 @@ class RuntimeBridge {
   /// |--------------------------------------------------------------|---------------------------------------------|
   /// | the task returns, even if it was cancelled                   | its value                                   |
   /// | the task throws                                              | `ResponseLost`, with what it threw as cause |
-  /// | the worker is stopped under the task                         | `ResponseLost`, no cause                    |
+  /// | the task is destroyed before its end, because the worker is  | `ResponseLost`, no cause                    |
+  /// | stopped or because what it waits for goes away               |                                             |
   /// | the bridge was shut down or moved from, its worker has ended | `WorkerDead`; the task is destroyed unrun   |
   /// | or lives in the parent process, or could not be started      |                                             |
   /// | (then with the cause)                                        |                                             |

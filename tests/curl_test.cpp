@@ -352,7 +352,7 @@ TEST_CASE("curl: the numbers of closed sockets are used again") {
   CHECK(server.connections == 400);
 }
 
-TEST_CASE("curl: many at a time over few connections; those that queue are not late to connect") {
+TEST_CASE("curl: many at a time over few connections, and those that queue are not late to connect") {
   HttpServer server([](Exchange& exchange) -> awaitable<bool> {
     asio::steady_timer timer(exchange.socket.get_executor(), 20ms);
     co_await timer.async_wait(use_awaitable);
@@ -383,7 +383,7 @@ TEST_CASE("curl: nobody there, and nobody who answers") {
   CHECK(http.failure({"GET", "file:///etc/hostname"}) == CURLE_UNSUPPORTED_PROTOCOL);
 }
 
-TEST_CASE("curl: a server that stalls is given up; a slow source or sink is not the server's fault") {
+TEST_CASE("curl: a server that stalls is given up, and a slow source or sink is not the server's fault") {
   HttpServer server([](Exchange& exchange) -> awaitable<bool> {
     co_await exchange.body();
     if (exchange.target == "/") co_return co_await hello(exchange);

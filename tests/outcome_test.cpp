@@ -6,6 +6,7 @@
 #include <latch>
 #include <memory>
 #include <new>
+#include <optional>
 #include <stdexcept>
 
 #include "support.hpp"
@@ -187,6 +188,25 @@ TEST_CASE("outcome: the context is stopped under a task") {
   CHECK(outcomes == std::vector<std::string>(3, response_lost));
   CHECK(bridge.in_flight() == 0);
   check_refused(bridge, BridgeError::WorkerDead);
+}
+
+TEST_CASE("outcome: a task that is destroyed tells whether that was the end of the worker") {
+  RuntimeBridge bridge;
+  std::optional<asio::io_context> elsewhere(std::in_place);
+  auto handle = bridge.submit([&]() -> awaitable<void> { co_await asio::post(*elsewhere, use_awaitable); });
+  await_calls(bridge, 1);
+  elsewhere.reset();
+  const Result<void> dropped = handle.join();
+  REQUIRE(outcome(dropped) == response_lost);
+  CHECK(dropped.error().message() == "runtime_bridge: the task was destroyed before its end");
+  CHECK(bridge.block_on(seven()) == 7);
+
+  handle = bridge.submit(park());
+  await_calls(bridge, 1);
+  bridge.get_executor().context().stop();
+  const Result<void> stopped = handle.join();
+  REQUIRE(outcome(stopped) == response_lost);
+  CHECK(stopped.error().message() == "runtime_bridge: the worker was stopped under the task");
 }
 
 TEST_CASE("outcome: a bridge that was moved from") {
