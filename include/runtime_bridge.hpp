@@ -687,7 +687,7 @@ class Core : public std::enable_shared_from_this<Core> {
   Core(const Core&) = delete;
   Core& operator=(const Core&) = delete;
   ~Core() {
-    // On a worker that was detached, the thread's own thread_locals are destroyed after this.
+    // On the worker itself, if one of its thread_locals has destroyed the bridge.
     if (current_ == this) current_ = nullptr;
   }
 
@@ -1064,6 +1064,8 @@ inline void Core::run() noexcept {
   ended_ = true;
   abandoned_ = abandoned;
   changed_.notify_all();
+  // A thread that was detached may outlive this object, and the destructors of its thread_locals may make calls.
+  if (joined_) current_ = nullptr;
 }
 
 /// Ends the calls in flight: destroys those that wait on this context, and waits for those that wait on something

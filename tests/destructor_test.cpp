@@ -83,6 +83,21 @@ TEST_CASE("destructor: a task that never parks ends too") {
   CHECK(result == response_lost);
 }
 
+TEST_CASE("destructor: a task that never parks and ignores cancellation is destroyed") {
+  std::optional<RuntimeBridge> bridge(std::in_place);
+  const auto worker = *bridge->block_on([] { return std::this_thread::get_id(); });
+  std::thread::id ended;
+  auto task = bridge->submit([&]() -> awaitable<void> {
+    const NotesItsEnd local(ended);
+    co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+    co_await run_in_circles();
+  });
+  await_calls(*bridge, 1);
+  bridge.reset();
+  CHECK(outcome(task.join()) == response_lost);
+  CHECK(ended == worker);
+}
+
 TEST_CASE("destructor: calls that were admitted and not yet started are answered, their tasks unrun") {
   constexpr int calls = 32;
   std::optional<RuntimeBridge> bridge(std::in_place);
@@ -211,6 +226,31 @@ TEST_CASE("destructor: a task that comes back from something foreign and then pa
   caller.join();
   CHECK(result == response_lost);
   CHECK(ended == worker);
+}
+
+TEST_CASE("destructor: a task that was to be cancelled, but ends because the worker was stopped, is lost") {
+  std::optional<RuntimeBridge> bridge(std::in_place);
+  Foreign foreign;
+  std::atomic<bool> cancelled{false};
+  auto task = bridge->submit([&]() -> awaitable<void> {
+    try {
+      co_await park();
+    } catch (const std::system_error&) {
+    }
+    co_await asio::this_coro::reset_cancellation_state(asio::enable_total_cancellation());
+    cancelled = true;
+    auto visit = foreign.visit(1);
+    (void)co_await std::move(visit);
+    co_await park();
+  });
+  await_calls(*bridge, 1);
+  task.request_stop();
+  await_state([&] { return cancelled.load(); });
+  auto parked = bridge->submit(park());
+  std::jthread destroyer([&] { bridge.reset(); });
+  CHECK(outcome(parked.join()) == response_lost);  // so the hard stop has happened
+  foreign.go_on();
+  CHECK(outcome(task.join()) == response_lost);
 }
 
 TEST_CASE("destructor: a task that is ready to go on does not take a dead timer for one that has expired") {

@@ -49,6 +49,9 @@ TEST_CASE("error: the category") {
   CHECK(make_error_code(BridgeError::Cancelled) == std::errc::operation_canceled);
   CHECK(make_error_code(BridgeError::WorkerDead) == BridgeError::WorkerDead);
   CHECK(make_error_code(BridgeError::WorkerDead) != BridgeError::ResponseLost);
+  const std::error_condition own = make_error_code(BridgeError::WorkerDead).default_error_condition();
+  CHECK((own.value() == 1 && own.category() == code.category()));
+  CHECK(code.category().message(6) == "unknown error");
 }
 
 TEST_CASE("unwrap: the value, whatever its type") {

@@ -113,7 +113,19 @@ TEST_CASE("submit: a task that throws, and a bridge that is gone") {
 
   RuntimeBridge moved;
   const RuntimeBridge heir = std::move(moved);
-  CHECK(outcome(moved.submit([] { return 1; }).join()) == worker_dead);  // NOLINT(bugprone-use-after-move)
+  auto of_moved = moved.submit([] { return 1; });  // NOLINT(bugprone-use-after-move)
+  of_moved.request_stop();
+  CHECK(outcome(of_moved.join()) == worker_dead);
+}
+
+TEST_CASE("submit: a handle without a task") {
+  JoinHandle<int> handle;
+  handle.request_stop();
+  handle.detach();
+  CHECK_FALSE(handle.joinable());
+  CHECK(handle.done());
+  CHECK(handle.wait_for(1h));
+  CHECK_THROWS_AS(handle.join(), std::system_error);
 }
 
 TEST_CASE("submit: request_stop cancels, once the task is over it changes nothing") {

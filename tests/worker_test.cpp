@@ -224,15 +224,18 @@ TEST_CASE("start: lazy, what was posted before the first call runs first") {
 
 TEST_CASE("start: lazy, a start that fails is WorkerDead with the cause, and the next call tries again") {
   RuntimeBridge bridge(lazy());
-  Result<int> refused = 0;
+  Result<int> refused = 0, submitted = 0;
   {
     const NoMoreDescriptors limit;
     refused = bridge.block_on([] { return 1; });
+    submitted = bridge.submit([] { return 1; }).join();
   }
   REQUIRE_FALSE(refused.has_value());
   CHECK(refused.error() == BridgeError::WorkerDead);
   CHECK_THROWS_AS(std::rethrow_exception(refused.error().cause()), std::system_error);
   CHECK(refused.error().message().find("the worker could not be started: ") != std::string::npos);
+  REQUIRE_FALSE(submitted.has_value());
+  CHECK(submitted.error().message() == refused.error().message());
   CHECK(bridge.in_flight() == 0);
   CHECK(bridge.block_on([] { return 2; }) == 2);
 }
@@ -258,9 +261,9 @@ TEST_CASE("start: lazy, 64 racing first calls make one thread") {
   }
 }
 
-// Race: the first call starts the worker while somebody stops its context.
-TEST_CASE("start: lazy, a first call against context().stop()") {
-  for (int round = 0; round < 500; ++round) {
+// Race: the first call starts the worker while somebody stops its context, or shuts the bridge down.
+TEST_CASE("start: lazy, a first call against context().stop() and shutdown") {
+  for (int round = 0; round < 1'000; ++round) {
     RuntimeBridge bridge(lazy());
     std::latch go(2);
     std::string first;
@@ -269,7 +272,11 @@ TEST_CASE("start: lazy, a first call against context().stop()") {
       first = outcome(bridge.block_on([] { return 1; }));
     });
     go.arrive_and_wait();
-    bridge.get_executor().context().stop();
+    if (round % 2) {
+      (void)bridge.shutdown(runtime_bridge::Shutdown::drain);
+    } else {
+      bridge.get_executor().context().stop();
+    }
     caller.join();
     REQUIRE((first == "value" || first == worker_dead || first == response_lost));
   }
