@@ -166,3 +166,17 @@ TEST_CASE("deadlock: a bridge that was shut down and destroyed by a task leaves 
   caller.join();
   CHECK(through == "value");
 }
+
+TEST_CASE("deadlock: who waits for whom is looked up while it changes") {
+  const RuntimeBridge a;
+  const RuntimeBridge b;
+  const RuntimeBridge c;
+  auto calls = a.submit([&] {
+    for (int i = 0; i < 1000; ++i) unwrap(b.block_on([] {}));
+  });
+  const auto look = [&] {
+    while (!calls.wait_for(0s)) continue;
+  };
+  CHECK(c.block_on(look).has_value());
+  CHECK(calls.join().has_value());
+}

@@ -49,7 +49,8 @@ class Foreign {
 }  // namespace
 
 TEST_CASE(
-    "destructor: suspended tasks are destroyed on the worker, without an exception; their callers get ResponseLost") {
+    "destructor: suspended tasks are destroyed on the worker, without an exception, and their callers get "
+    "ResponseLost") {
   std::optional<RuntimeBridge> bridge(std::in_place);
   const auto worker = *bridge->block_on([] { return std::this_thread::get_id(); });
   std::thread::id ended;

@@ -128,6 +128,14 @@ TEST_CASE("submit: a handle without a task") {
   CHECK_THROWS_AS(handle.join(), std::system_error);
 }
 
+TEST_CASE("submit: a worker that gave up waiting may be gone when the task ends") {
+  const RuntimeBridge bridge;
+  auto parked = bridge.submit(park);
+  CHECK(RuntimeBridge().block_on([&] { return parked.wait_for(1ms); }) == false);
+  parked.request_stop();
+  CHECK_FALSE(parked.join().has_value());
+}
+
 TEST_CASE("submit: request_stop cancels, once the task is over it changes nothing") {
   RuntimeBridge bridge;
   auto parked = bridge.submit(park());

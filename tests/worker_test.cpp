@@ -45,6 +45,14 @@ Options lazy() {
 
 }  // namespace
 
+TEST_CASE("worker: a call that has returned is not in flight") {
+  const RuntimeBridge bridge;
+  for (int i = 0; i < 20'000; ++i) {
+    unwrap(bridge.block_on([] {}));
+    REQUIRE(bridge.in_flight() == 0);
+  }
+}
+
 TEST_CASE("worker: its name, cut to what the system takes") {
   CHECK(RuntimeBridge().block_on(name_of_this_thread) == "runtime-bridge");
   CHECK(RuntimeBridge::with_thread_name("pg-pool").block_on(name_of_this_thread) == "pg-pool");
