@@ -795,7 +795,7 @@ class Core : public std::enable_shared_from_this<Core> {
   OperationMemory cancel_memory_;
   Experience spins_;
   std::atomic<int> spinners_{0};  // callers that spin; a hint
-  std::atomic<SteadyTime> yields_again_{SteadyTime::min()};
+  std::atomic<SteadyTime> yields_again_{SteadyTime::min()};  // until then nobody does
 
   // The worker's own.
   Experience lingers_;
