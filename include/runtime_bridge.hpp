@@ -794,7 +794,7 @@ class Core : public std::enable_shared_from_this<Core> {
   std::atomic<bool> cancel_asked_{false};
   OperationMemory cancel_memory_;
   Experience spins_;
-  std::atomic<int> spinners_{0};  // callers that spin; a hint
+  std::atomic<int> spinners_{0};                             // callers that spin; a hint
   std::atomic<SteadyTime> yields_again_{SteadyTime::min()};  // until then nobody does
 
   // The worker's own.
