@@ -659,20 +659,18 @@ TEST_CASE("pg: a cancel request never hits the next statement") {
   Database db;
   const int pid = db.pid().value();
   int values = 0, aborted = 0;
-  for (int round = 0; round < 240; ++round) {
-    // The statement ends at about the time of the deadline, before it or after.
+  for (int round = 0; round < 240 || values == 0 || aborted == 0; ++round) {
+    // The statement ends at about the time of the deadline, before it or after; on a busy machine later.
     const auto task = [&](pg::Connection& connection) -> awaitable<int> {
       co_await connection.query("select pg_sleep(0.01)");
       co_return 1;
     };
-    const auto result = db.with_connection(task, std::chrono::milliseconds(1 + round % 12));
+    const auto result = db.with_connection(task, std::chrono::milliseconds(1 + round % (round < 240 ? 12 : 240)));
     (result.has_value() ? values : aborted) += 1;
     const auto next = db.select<int>("select pg_backend_pid() from pg_sleep(0.001)");
     REQUIRE(failure(next) == "value");
     REQUIRE(next == pid);
   }
-  CHECK(values > 0);
-  CHECK(aborted > 0);
 }
 
 TEST_CASE("pg: a statement that was faster than its cancellation has its result, or its error") {

@@ -130,11 +130,12 @@ TEST_CASE("stop: against admission and completion") {
   });
   int values = 0;
   int stops = 0;
-  for (int round = 0; round < 5'000; ++round) {
+  int round = 0;
+  for (; round < 5'000 || values == 0 || stops == 0; ++round) {
     source = std::stop_source();
     int local = 0;
     const auto task = [&]() -> awaitable<int> {
-      for (int hop = 0; hop < round % 5; ++hop) co_await asio::post(use_awaitable);
+      for (int hop = 0; hop < round % 64; ++hop) co_await asio::post(use_awaitable);
       co_return ++local;
     };
     const auto token = source.get_token();
@@ -149,9 +150,7 @@ TEST_CASE("stop: against admission and completion") {
   }
   done = true;
   go.release();
-  CHECK(values + stops == 5'000);
-  CHECK(values > 0);
-  CHECK(stops > 0);
+  CHECK(values + stops == round);
   CHECK(bridge.in_flight() == 0);
 }
 
