@@ -544,7 +544,7 @@ TEST_CASE("system: a thread_local of a worker outlives the bridge that the worke
   static std::atomic<int> served{0};
   CHECK(in_child_process([] {
           auto bridge = std::make_unique<RuntimeBridge>();
-          auto last = bridge->submit([&] {
+          auto handle = bridge->submit([&] {
             thread_local const AtExit user{[] {
               dies = true;
               await_state([] { return is_alone.load(); });
@@ -553,7 +553,7 @@ TEST_CASE("system: a thread_local of a worker outlives the bridge that the worke
             bridge.reset();
           });
           await_state([] { return dies.load(); });
-          last = {};  // which is the last that shares what was the bridge's
+          handle = {};  // which is the last that shares what was the bridge's
           is_alone = true;
           await_workers(0);
           return served == 1 ? 0 : 1;
