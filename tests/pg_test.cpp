@@ -561,9 +561,13 @@ TEST_CASE("pg: a connection that is handed to a coroutine which is destroyed goe
 
 TEST_CASE("pg: cancellation while waiting for a connection") {
   Database db;
-  const auto task = [&](pg::Connection& held) -> awaitable<std::string> {
-    JoinHandle<void> waiting = db.bridge.submit([&]() -> awaitable<void> { (void)co_await db.pool.acquire(); });
-    co_await held.query("select 1");
+  const auto task = [&](const pg::Connection&) -> awaitable<std::string> {
+    bool waits = false;
+    JoinHandle<void> waiting = db.bridge.submit([&]() -> awaitable<void> {
+      waits = true;
+      (void)co_await db.pool.acquire();
+    });
+    while (!waits) co_await asio::post(use_awaitable);
     waiting.request_stop();
     while (!waiting.done()) co_await asio::post(use_awaitable);
     co_return failure(waiting.join());
@@ -578,8 +582,12 @@ TEST_CASE("pg: close wakes those who wait, and what is out is closed when it com
   Database db;
   const std::size_t descriptors = descriptors_of_this_process();
   const auto task = [&](pg::Connection& held) -> awaitable<std::string> {
-    JoinHandle<void> waiting = db.bridge.submit([&]() -> awaitable<void> { (void)co_await db.pool.acquire(); });
-    co_await held.query("select 1");
+    bool waits = false;
+    JoinHandle<void> waiting = db.bridge.submit([&]() -> awaitable<void> {
+      waits = true;
+      (void)co_await db.pool.acquire();
+    });
+    while (!waits) co_await asio::post(use_awaitable);
     db.pool.close();
     while (!waiting.done()) co_await asio::post(use_awaitable);
     const pg::Result still_works = co_await held.query("select 'works'");
