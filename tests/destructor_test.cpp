@@ -248,6 +248,7 @@ TEST_CASE("destructor: a task that was to be cancelled, but ends because the wor
   task.request_stop();
   await_state([&] { return cancelled.load(); });
   auto parked = bridge->submit(park());
+  await_calls(*bridge, 2);
   std::jthread destroyer([&] { bridge.reset(); });
   CHECK(outcome(parked.join()) == response_lost);  // so the hard stop has happened
   foreign.go_on();
