@@ -82,6 +82,20 @@ struct Database {
         timeout);
   }
 
+  /// The same, and the call is cancelled once the task waits for the server.
+  template <class Body>
+  auto interrupted(Body body) {
+    using Awaitable = std::invoke_result_t<Body&, pg::Connection&>;
+    std::stop_source stop;
+    return bridge.block_on(
+        [&]() -> Awaitable {
+          auto lease = co_await pool.acquire();
+          asio::post(bridge.get_executor(), [stop]() mutable { stop.request_stop(); });
+          co_return co_await body(*lease);
+        },
+        stop.get_token());
+  }
+
   /// The first value of what the statement returns.
   template <class T, class... Ts>
   Result<T> select(const std::string& sql, const Ts&... parameters) {
@@ -559,15 +573,25 @@ TEST_CASE("pg: a connection that is handed to a coroutine which is destroyed goe
   CHECK(served);
 }
 
+namespace {
+
+/// Another call that waits for a connection, for as long as none comes back.
+awaitable<JoinHandle<void>> wait_for_connection(Database& db) {
+  bool waits = false;
+  JoinHandle<void> waiting = db.bridge.submit([&]() -> awaitable<void> {
+    waits = true;
+    (void)co_await db.pool.acquire();
+  });
+  while (!waits) co_await asio::post(use_awaitable);
+  co_return waiting;
+}
+
+}  // namespace
+
 TEST_CASE("pg: cancellation while waiting for a connection") {
   Database db;
   const auto task = [&](const pg::Connection&) -> awaitable<std::string> {
-    bool waits = false;
-    JoinHandle<void> waiting = db.bridge.submit([&]() -> awaitable<void> {
-      waits = true;
-      (void)co_await db.pool.acquire();
-    });
-    while (!waits) co_await asio::post(use_awaitable);
+    JoinHandle<void> waiting = co_await wait_for_connection(db);
     waiting.request_stop();
     while (!waiting.done()) co_await asio::post(use_awaitable);
     co_return failure(waiting.join());
@@ -582,12 +606,7 @@ TEST_CASE("pg: close wakes those who wait, and what is out is closed when it com
   Database db;
   const std::size_t descriptors = descriptors_of_this_process();
   const auto task = [&](pg::Connection& held) -> awaitable<std::string> {
-    bool waits = false;
-    JoinHandle<void> waiting = db.bridge.submit([&]() -> awaitable<void> {
-      waits = true;
-      (void)co_await db.pool.acquire();
-    });
-    while (!waits) co_await asio::post(use_awaitable);
+    JoinHandle<void> waiting = co_await wait_for_connection(db);
     db.pool.close();
     while (!waiting.done()) co_await asio::post(use_awaitable);
     const pg::Result still_works = co_await held.query("select 'works'");
@@ -707,7 +726,7 @@ TEST_CASE("pg: a statement that was faster than its cancellation has its result,
         const pg::Result result = co_await connection.query("-");
         co_return std::string(result.command());
       };
-      const auto result = db.with_connection(task, 50ms);
+      const auto result = db.interrupted(task);
       CHECK(failure(result) == (succeeds ? "value" : "statement 23505"));
       CHECK(result.value_or("") == (succeeds ? "DONE" : ""));
       CHECK(cancel_seen);
@@ -728,7 +747,7 @@ TEST_CASE("pg: who was cancelled stays so") {
     co_await asio::post(use_awaitable);
     co_return 0;
   };
-  CHECK(failure(db.with_connection(task, 20ms)) == "aborted");
+  CHECK(failure(db.interrupted(task)) == "aborted");
   CHECK(first == "aborted");
 }
 
@@ -739,7 +758,7 @@ TEST_CASE("pg: a backend that does not react to a cancellation costs the connect
   const int pid = db.pid().value();
   REQUIRE(kill(pid, SIGSTOP) == 0);  // needs a server of ours, on this machine
   const auto start = steady_clock::now();
-  const auto result = db.with_connection(sleep_long, 50ms);
+  const auto result = db.interrupted(sleep_long);
   CHECK(steady_clock::now() - start < 5s);
   CHECK(failure(result) == "aborted");
   CHECK(db.pid().value() != pid);
@@ -762,8 +781,8 @@ TEST_CASE("pg: a server that does not even take the cancel request holds up nobo
     pg::Settings how = settings(server.conninfo());
     how.cancel_timeout = 50ms;
     Database db(1, how);
-    CHECK(failure(db.with_connection(sleep_long, 50ms)) == "aborted");
-    CHECK(failure(db.with_connection(sleep_long, 50ms)) == "aborted");  // its request has to queue
+    CHECK(failure(db.interrupted(sleep_long)) == "aborted");
+    CHECK(failure(db.interrupted(sleep_long)) == "aborted");  // its request has to queue
   }
   CHECK(steady_clock::now() - start < 5s);
   over = true;
