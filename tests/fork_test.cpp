@@ -23,9 +23,7 @@ TEST_CASE("fork: every call in the child is WorkerDead, and destroying the bridg
 }
 
 TEST_CASE("fork: a lazy bridge that was not started belongs to its maker too") {
-  Options options;
-  options.start = Start::lazy;
-  RuntimeBridge bridge(options);
+  RuntimeBridge bridge(lazy());
   CHECK(in_child_process([&] {
           const auto result = bridge.block_on([] { return 2; });
           return !result.has_value() && result.error() == BridgeError::WorkerDead ? 0 : 1;

@@ -19,14 +19,6 @@ namespace {
 
 using Socket = asio::local::stream_protocol::socket;
 
-std::error_code code_of(const std::exception_ptr& cause) {
-  try {
-    std::rethrow_exception(cause);
-  } catch (const std::system_error& e) {
-    return e.code();
-  }
-}
-
 }  // namespace
 
 TEST_CASE("operation: its results") {

@@ -196,9 +196,7 @@ TEST_CASE("shutdown: I/O objects may be destroyed afterwards, and used without e
 }
 
 TEST_CASE("shutdown: a lazy bridge that was never called, and one that was moved from") {
-  Options options;
-  options.start = Start::lazy;
-  RuntimeBridge bridge(options);
+  RuntimeBridge bridge(lazy());
   CHECK(bridge.shutdown(Shutdown::drain));
   CHECK(outcome(bridge.block_on([] {})) == worker_dead);
   RuntimeBridge moved;
@@ -296,9 +294,7 @@ TEST_CASE("shutdown: against admission, and against another shutdown") {
 // Race: a call that was admitted is sent after the cancellation, because it starts the worker in between.
 TEST_CASE("shutdown: cancel against a first call that is being admitted") {
   for (int round = 0; round < 300; ++round) {
-    Options options;
-    options.start = Start::lazy;
-    RuntimeBridge bridge(options);
+    RuntimeBridge bridge(lazy());
     std::string first;
     std::jthread caller([&] { first = outcome(bridge.block_on(park())); });
     await_state([&] { return bridge.in_flight() == 1; });

@@ -306,9 +306,7 @@ TEST_CASE("submit: handle destruction against completion") {
 
 // The stress test found this one: the handle's stop was posted, in the memory of a call that had never been sent.
 TEST_CASE("submit: a refused call is over, task and all") {
-  Options options;
-  options.start = Start::lazy;
-  const RuntimeBridge bridge(options);  // without a worker, so what is posted stays where it is
+  const RuntimeBridge bridge(lazy());  // without a worker, so what is posted stays where it is
   REQUIRE(bridge.shutdown(Shutdown::drain));
   auto owned = std::make_shared<int>(0);
   const std::weak_ptr<int> watch = owned;

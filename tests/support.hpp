@@ -22,6 +22,8 @@ using experimental::deferred;
 #include <asio/deferred.hpp>
 #endif
 
+#include <pthread.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -33,8 +35,10 @@ using experimental::deferred;
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <optional>
 #include <runtime_bridge.hpp>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -60,6 +64,12 @@ using runtime_bridge::RuntimeBridge;
 using runtime_bridge::Start;
 using runtime_bridge::unwrap;
 using namespace std::chrono_literals;
+
+inline Options lazy() {
+  Options options;
+  options.start = Start::lazy;
+  return options;
+}
 
 /// Waits for a state that another thread brings about. A state that never comes is the ctest timeout's business.
 template <class Condition>
@@ -95,6 +105,17 @@ inline std::string what(const std::exception_ptr& cause) {
   }
 }
 
+/// The code of a `std::system_error`; none of anything else.
+inline std::error_code code_of(const std::exception_ptr& cause) {
+  try {
+    if (cause) std::rethrow_exception(cause);
+  } catch (const std::system_error& e) {
+    return e.code();
+  } catch (...) {
+  }
+  return {};
+}
+
 /// What a call came to, for a thread that cannot use Catch2's assertions.
 template <class T>
 std::string outcome(const Result<T>& result) {
@@ -127,6 +148,45 @@ inline std::size_t entries(const char* folder) {
   return static_cast<std::size_t>(std::distance(begin, std::filesystem::directory_iterator()));
 }
 inline std::size_t descriptors_of_this_process() { return entries("/proc/self/fd"); }
+
+/// A limit of this process, while it lives.
+class Limit {
+ public:
+  using Resource = decltype(RLIMIT_NOFILE);
+  Limit(Resource resource, rlim_t value) : resource_(resource) {
+    getrlimit(resource_, &before_);
+    rlimit limited = before_;
+    limited.rlim_cur = value;
+    setrlimit(resource_, &limited);
+  }
+  ~Limit() { setrlimit(resource_, &before_); }
+
+ private:
+  Resource resource_;
+  rlimit before_{};
+};
+
+/// Leaves no address space for the stack of another thread.
+class NoMoreThreads {
+ public:
+  NoMoreThreads() {
+    pthread_getattr_default_np(&before_);
+    pthread_attr_t large;
+    pthread_attr_init(&large);
+#ifdef SANITIZED  // whose shadow memory does not fit under any limit
+    pthread_attr_setstacksize(&large, std::size_t{1} << 60);
+#else
+    pthread_attr_setstacksize(&large, std::size_t{8} << 30);  // larger than those that glibc keeps of past threads
+    address_space_.emplace(RLIMIT_AS, rlim_t{4} << 30);
+#endif
+    pthread_setattr_default_np(&large);
+  }
+  ~NoMoreThreads() { pthread_setattr_default_np(&before_); }
+
+ private:
+  pthread_attr_t before_{};
+  std::optional<Limit> address_space_;
+};
 
 /// Runs `body` in a child process and gives its exit code; -1 for a signal, which is what a hang ends with.
 template <class Body>

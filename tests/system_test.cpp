@@ -5,7 +5,6 @@
 
 #include <dlfcn.h>
 #include <fcntl.h>
-#include <pthread.h>
 #include <sys/resource.h>
 
 #include <array>
@@ -29,50 +28,6 @@ using runtime_bridge::Shutdown;
 
 namespace {
 
-Options lazy() {
-  Options options;
-  options.start = Start::lazy;
-  return options;
-}
-
-class Limit {
- public:
-  using Resource = decltype(RLIMIT_NOFILE);
-  Limit(Resource resource, rlim_t value) : resource_(resource) {
-    getrlimit(resource_, &before_);
-    rlimit limited = before_;
-    limited.rlim_cur = value;
-    setrlimit(resource_, &limited);
-  }
-  ~Limit() { setrlimit(resource_, &before_); }
-
- private:
-  Resource resource_;
-  rlimit before_{};
-};
-
-/// Leaves no address space for the stack of another thread.
-class NoMoreThreads {
- public:
-  NoMoreThreads() {
-    pthread_getattr_default_np(&before_);
-    pthread_attr_t large;
-    pthread_attr_init(&large);
-#ifdef SANITIZED  // whose shadow memory does not fit under any limit
-    pthread_attr_setstacksize(&large, std::size_t{1} << 60);
-#else
-    pthread_attr_setstacksize(&large, std::size_t{8} << 30);  // larger than those that glibc keeps of past threads
-    address_space_.emplace(RLIMIT_AS, rlim_t{4} << 30);
-#endif
-    pthread_setattr_default_np(&large);
-  }
-  ~NoMoreThreads() { pthread_setattr_default_np(&before_); }
-
- private:
-  pthread_attr_t before_{};
-  std::optional<Limit> address_space_;
-};
-
 /// Leaves so many descriptors to be opened.
 class DescriptorsLeft : Limit {
  public:
@@ -85,16 +40,6 @@ class DescriptorsLeft : Limit {
     return static_cast<rlim_t>(end);
   }
 };
-
-std::error_code code_of(const std::exception_ptr& cause) {
-  try {
-    if (cause) std::rethrow_exception(cause);
-  } catch (const std::system_error& e) {
-    return e.code();
-  } catch (...) {
-  }
-  return {};
-}
 
 template <class T>
 bool ended_as(const Result<T>& result, BridgeError::Kind kind) {

@@ -22,27 +22,6 @@ std::string name_of_this_thread() {
   return name.data();
 }
 
-/// Lets the process open no more descriptors than it has.
-class NoMoreDescriptors {
- public:
-  NoMoreDescriptors() {
-    getrlimit(RLIMIT_NOFILE, &before_);
-    rlimit none = before_;
-    none.rlim_cur = 0;
-    setrlimit(RLIMIT_NOFILE, &none);
-  }
-  ~NoMoreDescriptors() { setrlimit(RLIMIT_NOFILE, &before_); }
-
- private:
-  rlimit before_{};
-};
-
-Options lazy() {
-  Options options;
-  options.start = Start::lazy;
-  return options;
-}
-
 }  // namespace
 
 TEST_CASE("worker: a call that has returned is not in flight") {
@@ -160,7 +139,7 @@ TEST_CASE("start: without descriptors the constructor fails") {
   std::error_code thrown;
   std::error_code created;
   {
-    const NoMoreDescriptors limit;
+    const Limit limit(RLIMIT_NOFILE, 0);
     try {
       const RuntimeBridge bridge;
     } catch (const std::system_error& e) {
@@ -174,23 +153,11 @@ TEST_CASE("start: without descriptors the constructor fails") {
   CHECK(RuntimeBridge::create()->block_on([] { return 1; }) == 1);
 }
 
-#ifndef SANITIZED  // whose shadow memory does not fit under such a limit
 TEST_CASE("start: without a thread the constructor fails") {
   // In a process of its own: Catch2 may need memory while the limit stands.
   CHECK(in_child_process([] {
           RuntimeBridge late(lazy());
-          // A stack that does not fit into the address space, and is larger than those that glibc keeps of past
-          // threads.
-          pthread_attr_t attributes;
-          pthread_attr_init(&attributes);
-          pthread_attr_setstacksize(&attributes, std::size_t{8} << 30);
-          pthread_setattr_default_np(&attributes);
-          rlimit before{};
-          getrlimit(RLIMIT_AS, &before);
-          rlimit tight = before;
-          tight.rlim_cur = std::size_t{4} << 30;
-          setrlimit(RLIMIT_AS, &tight);
-
+          std::optional<NoMoreThreads> limit(std::in_place);
           const auto created = RuntimeBridge::create();
           if (created.has_value() || created.error() != std::errc::resource_unavailable_try_again) return 1;
           const auto refused = late.block_on([] { return 1; });
@@ -198,11 +165,10 @@ TEST_CASE("start: without a thread the constructor fails") {
           if (refused.error().message().find("could not be started") == std::string::npos) return 3;
           if (!refused.error().cause() || late.in_flight() != 0) return 4;
 
-          setrlimit(RLIMIT_AS, &before);
+          limit.reset();
           return late.block_on([] { return 0; }).value();
         }) == 0);
 }
-#endif
 
 TEST_CASE("start: lazy, the first call starts the worker") {
   const auto descriptors = descriptors_of_this_process();
@@ -234,7 +200,7 @@ TEST_CASE("start: lazy, a start that fails is WorkerDead with the cause, and the
   RuntimeBridge bridge(lazy());
   Result<int> refused = 0, submitted = 0;
   {
-    const NoMoreDescriptors limit;
+    const Limit limit(RLIMIT_NOFILE, 0);
     refused = bridge.block_on([] { return 1; });
     submitted = bridge.submit([] { return 1; }).join();
   }
