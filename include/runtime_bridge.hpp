@@ -440,17 +440,19 @@ class Context : public asio::io_context {
 /// but not its worker, and locks that other threads held stay locked there for ever.
 struct Forks {
   static unsigned count() {
-    static const int failed = pthread_atfork([] { ring_mutex.lock(); }, [] { ring_mutex.unlock(); },
-                                             [] {
-                                               ring_mutex.unlock();
-                                               seen.fetch_add(1, std::memory_order_relaxed);
-                                             });
     if (failed) throw std::system_error(failed, std::generic_category(), "runtime_bridge: pthread_atfork");
     return seen.load(std::memory_order_relaxed);
   }
 
   static inline std::atomic<unsigned> seen{0};
   static inline std::mutex ring_mutex;  // guards Core::waits_for_ of all bridges
+
+  // Not where it is needed first: the guard of a static in a function, too, can be held by another thread in a fork.
+  static inline const int failed = pthread_atfork([] { ring_mutex.lock(); }, [] { ring_mutex.unlock(); },
+                                                  [] {
+                                                    ring_mutex.unlock();
+                                                    seen.fetch_add(1, std::memory_order_relaxed);
+                                                  });
 };
 
 /// Memory for one posted operation, inside the call that posts it: posting then needs no allocation and cannot fail.
@@ -695,6 +697,14 @@ class Core : public std::enable_shared_from_this<Core> {
   std::size_t in_flight() const noexcept { return gate_.in_flight(); }
   bool forked() const noexcept { return forks_ != Forks::seen.load(std::memory_order_relaxed); }
 
+  /// For the child of a fork, where nothing in here can be destroyed without the worker: keeps an owner for ever, where
+  /// a leak checker finds it.
+  static void leave(std::shared_ptr<Core> core) noexcept {
+    Core& self = *core;
+    self.left_before_ = left_.exchange(&self);
+    self.left_owner_ = std::move(core);
+  }
+
   /// Starts the worker, unless it was started or the gate is closed.
   void start();
 
@@ -782,6 +792,7 @@ class Core : public std::enable_shared_from_this<Core> {
   }
 
   static inline thread_local Core* current_ = nullptr;  // the bridge whose worker this thread is
+  static inline std::atomic<Core*> left_{nullptr};      // a list
 
   // A coroutine that never waits is never parked, and its handlers keep the queue from running empty. After so many in
   // a row it is taken for such a one.
@@ -789,6 +800,7 @@ class Core : public std::enable_shared_from_this<Core> {
 
   const Options options_;
   const unsigned forks_ = Forks::count();
+  const bool one_core_ = std::thread::hardware_concurrency() == 1;
   Gate gate_;
   std::atomic<bool> started_{false};
   std::atomic<bool> cancel_asked_{false};
@@ -811,6 +823,9 @@ class Core : public std::enable_shared_from_this<Core> {
 
   Context context_;  // below what its handlers use when they are destroyed with it
   std::optional<asio::executor_work_guard<asio::io_context::executor_type>> work_{context_.get_executor()};
+
+  std::shared_ptr<Core> left_owner_;
+  Core* left_before_ = nullptr;
 
   // Guarded by Forks::ring_mutex.
   Core* waits_for_ = nullptr;
@@ -994,8 +1009,7 @@ inline bool Core::yield() noexcept {
 }
 
 inline bool Core::spin(const Call& call) noexcept {
-  static const bool one_core = std::thread::hardware_concurrency() == 1;
-  if (one_core || options_.spin_limit <= std::chrono::microseconds::zero() || !spins_.encourages()) return false;
+  if (one_core_ || options_.spin_limit <= std::chrono::microseconds::zero() || !spins_.encourages()) return false;
   const auto alone = [&] { return gate_.in_flight() <= 1; };
   const SteadyTime end = time_after(options_.spin_limit);
   spinners_.fetch_add(1, std::memory_order_relaxed);
@@ -1349,13 +1363,10 @@ class RuntimeBridge {
   ~RuntimeBridge() {
     if (!core_) return;
     if (core_->forked()) {
-      // Nothing in here can be destroyed without the worker: leave it, by keeping one owner for ever.
-      using Owner = std::shared_ptr<detail::Core>;
-      alignas(Owner) std::array<std::byte, sizeof(Owner)> owner;
-      ::new (static_cast<void*>(owner.data())) Owner(std::move(core_));
-      return;
+      detail::Core::leave(std::move(core_));
+    } else {
+      core_->shut_down(Shutdown::drain, detail::SteadyTime::min(), true);
     }
-    core_->shut_down(Shutdown::drain, detail::SteadyTime::min(), true);
   }
 
   /// The worker's executor, to build sockets, timers and pools on. The bridge must not be moved from.

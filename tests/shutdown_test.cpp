@@ -260,6 +260,21 @@ TEST_CASE("shutdown: in a forked child it does nothing") {
   CHECK(bridge.block_on([] { return 1; }) == 1);
 }
 
+TEST_CASE("shutdown: another one does not cut short what the worker does at its end") {
+  const RuntimeBridge bridge;
+  const auto foreign = asio::make_work_guard(bridge.get_executor());  // as of a thread that is handing a task back
+  int times = 0;
+  const std::function<void()> shut_down = [&] {
+    bridge.shutdown(Shutdown::drain);
+    if (++times < 3) asio::post(bridge.get_executor(), shut_down);
+  };
+  const auto begin = std::chrono::steady_clock::now();
+  asio::post(bridge.get_executor(), shut_down);
+  CHECK(bridge.shutdown(Shutdown::drain));
+  CHECK(times == 3);
+  CHECK(std::chrono::steady_clock::now() - begin >= 200ms);
+}
+
 // Race: calls are admitted while two threads shut the bridge down, in two ways.
 TEST_CASE("shutdown: against admission, and against another shutdown") {
   for (int round = 0; round < 1'000; ++round) {
