@@ -178,12 +178,15 @@ void small_objects(S3ObjectStore store) {
 
 /// Bytes that come out the same each time, so nobody need keep them.
 curl::Source generator(std::size_t size) {
-  return [size, engine = std::minstd_rand()](std::span<char> room) mutable -> awaitable<std::size_t> {
-    room = room.first(std::min(room.size(), size));
-    std::ranges::generate(room, [&] { return static_cast<char>(engine()); });
-    size -= room.size();
-    co_return room.size();
-  };
+  std::string block(65'521, '\0');  // what divides no buffer's size
+  std::ranges::generate(block, [engine = std::minstd_rand()]() mutable { return static_cast<char>(engine()); });
+  return
+      [block = std::move(block), size, sent = std::size_t{0}](std::span<char> room) mutable -> awaitable<std::size_t> {
+        const std::string_view rest = std::string_view(block).substr(sent % block.size());
+        const std::size_t n = rest.substr(0, size - sent).copy(room.data(), room.size());
+        sent += n;
+        co_return n;
+      };
 }
 
 void large_object(S3ObjectStore store, long memory_limit) {
