@@ -12,7 +12,8 @@ set(RUNTIME_BRIDGE_PROGRAM_FLAGS "")
 if(RUNTIME_BRIDGE_SANITIZER STREQUAL "address")
   # Without vptr: it reads memory through a pipe, and takes the object for a bad one where no descriptor is left.
   set(RUNTIME_BRIDGE_PROGRAM_FLAGS
-    -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer)
+    -fsanitize=address,undefined,float-cast-overflow -fno-sanitize=vptr -fno-sanitize-recover=all
+    -fno-omit-frame-pointer)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     # Beside these checks g++ sees ghosts, in Catch2's <regex> for one.
     list(APPEND RUNTIME_BRIDGE_PROGRAM_FLAGS -Wno-maybe-uninitialized)

@@ -3,6 +3,7 @@
 # For `.`: makes sure that Debian packages are there. As root it installs what is missing, otherwise it says what is.
 # On other systems it does nothing, and CMake says what it does not find.
 
+packages_listed=
 need_packages() {
   command -v dpkg-query > /dev/null || return 0
   missing=
@@ -18,10 +19,14 @@ need_packages() {
   echo "$0: installing$missing"
   # Quietly, but for what went wrong.
   log=$(mktemp)
-  if ! { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $missing; } > "$log" 2>&1; then
+  if ! {
+    { [ -n "$packages_listed" ] || apt-get update; } &&
+      DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $missing
+  } > "$log" 2>&1; then
     cat "$log" >&2
     rm "$log"
     return 1
   fi
   rm "$log"
+  packages_listed=yes
 }

@@ -688,17 +688,13 @@ class Core : public std::enable_shared_from_this<Core> {
   explicit Core(Options options) : options_(std::move(options)) {}
   Core(const Core&) = delete;
   Core& operator=(const Core&) = delete;
-  ~Core() {
-    // On the worker itself, if one of its thread_locals has destroyed the bridge.
-    if (current_ == this) current_ = nullptr;
-  }
 
   asio::io_context::executor_type get_executor() noexcept { return context_.get_executor(); }
   std::size_t in_flight() const noexcept { return gate_.in_flight(); }
   bool forked() const noexcept { return forks_ != Forks::seen.load(std::memory_order_relaxed); }
 
-  /// For the child of a fork, where nothing in here can be destroyed without the worker: keeps an owner for ever, where
-  /// a leak checker finds it.
+  /// Keeps an owner for ever, where a leak checker finds it. For the child of a fork, where nothing in here can be
+  /// destroyed without the worker, and for a worker that outlives the bridge.
   static void leave(std::shared_ptr<Core> core) noexcept {
     Core& self = *core;
     self.left_before_ = left_.exchange(&self);
@@ -1141,6 +1137,12 @@ inline bool Core::shut_down(Shutdown how, SteadyTime deadline, bool last) noexce
     if (last && thread_.joinable()) {
       thread_.detach();
       joined_ = true;
+      // After its loop a worker still destroys its thread_locals, which may make calls: they must not find the bridge.
+      if (ended_ && current_ == this) {
+        current_ = nullptr;
+      } else if (ended_) {
+        leave(shared_from_this());  // one of them makes a call just now
+      }
     }
     return gate_.in_flight() == 0;
   }

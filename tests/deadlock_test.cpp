@@ -119,6 +119,25 @@ TEST_CASE("deadlock: no false alarm from a wait that has just been answered") {
   }
 }
 
+TEST_CASE("deadlock: a wait for what has ended meanwhile leaves no note behind") {
+  RuntimeBridge a = named("A"), b = named("B");
+  std::binary_semaphore may_end(0);
+  auto task = b.submit([&] { may_end.acquire(); });
+  const Watch worker = *a.block_on([] { return Watch(); });
+  std::unique_lock lock(runtime_bridge::detail::Forks::ring_mutex);
+  std::atomic<bool> about_to{false};
+  auto waiting = a.submit([&] {
+    about_to = true;
+    return outcome(task.join());
+  });
+  await_state([&] { return about_to && worker.sleeps(); });  // for the lock, as the task is not over
+  may_end.release();
+  await_state([&] { return task.done(); });
+  lock.unlock();
+  CHECK(waiting.join() == "value");
+  CHECK(b.block_on([&] { return outcome(a.block_on([] {})); }) == "value");
+}
+
 TEST_CASE("deadlock: a refused call leaves no note behind") {
   RuntimeBridge a = named("A"), dead = named("dead");
   dead.get_executor().context().stop();
@@ -171,12 +190,16 @@ TEST_CASE("deadlock: who waits for whom is looked up while it changes") {
   const RuntimeBridge a;
   const RuntimeBridge b;
   const RuntimeBridge c;
+  const RuntimeBridge d;
   auto calls = a.submit([&] {
     for (int i = 0; i < 1000; ++i) unwrap(b.block_on([] {}));
   });
-  const auto look = [&] {
-    while (!calls.wait_for(0s)) continue;
+  const auto look_at = [](JoinHandle<void>& task) {
+    return [&task] {
+      while (!task.wait_for(0s)) continue;
+    };
   };
-  CHECK(c.block_on(look).has_value());
+  auto looks = c.submit(look_at(calls));
+  CHECK(d.block_on(look_at(looks)).has_value());
   CHECK(calls.join().has_value());
 }

@@ -3,8 +3,11 @@
 // The end of a bridge by its destructor, on or off its worker, and by someone who stops its context.
 
 #include <asio/ip/tcp.hpp>
-#include <asio/thread_pool.hpp>
+#include <asio/ip/udp.hpp>
+#include <asio/signal_set.hpp>
 #include <atomic>
+#include <csignal>
+#include <functional>
 #include <latch>
 #include <memory>
 #include <optional>
@@ -22,28 +25,6 @@ class NotesItsEnd {
 
  private:
   std::thread::id& where_;
-};
-
-/// A thread pool of one, occupied until it is told to go on: something foreign that a task can be parked on.
-class Foreign {
- public:
-  Foreign() {
-    asio::post(pool_, [this] { go_on_.acquire(); });
-  }
-  ~Foreign() {
-    go_on();
-    pool_.join();
-  }
-  void go_on() { go_on_.release(); }
-
-  awaitable<int> visit(int value) {
-    co_await asio::post(pool_, use_awaitable);
-    co_return value;
-  }
-
- private:
-  std::binary_semaphore go_on_{0};
-  asio::thread_pool pool_{1};
 };
 
 }  // namespace
@@ -229,6 +210,25 @@ TEST_CASE("destructor: a task that comes back from something foreign and then pa
   CHECK(ended == worker);
 }
 
+TEST_CASE("destructor: a task that comes back from something foreign and then waits for a signal is destroyed") {
+  std::optional<RuntimeBridge> bridge(std::in_place);
+  Foreign foreign;
+  auto task = bridge->submit([&]() -> awaitable<void> {
+    co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+    auto visit = foreign.visit(1);
+    (void)co_await std::move(visit);
+    // The context has had no signals before, so they come with a service that was not shut down yet.
+    asio::signal_set signals(co_await asio::this_coro::executor, SIGUSR2);
+    (void)co_await signals.async_wait(use_awaitable);
+  });
+  auto parked = bridge->submit(park());
+  await_calls(*bridge, 2);
+  const std::jthread destroyer([&] { bridge.reset(); });
+  CHECK(outcome(parked.join()) == response_lost);  // so the hard stop has happened
+  foreign.go_on();
+  CHECK(outcome(task.join()) == response_lost);
+}
+
 TEST_CASE("destructor: a task that was to be cancelled, but ends because the worker was stopped, is lost") {
   std::optional<RuntimeBridge> bridge(std::in_place);
   Foreign foreign;
@@ -292,22 +292,30 @@ TEST_CASE("destructor: a task that goes to and fro between here and a pool ends"
   pool.join();
 }
 
-TEST_CASE("destructor: a task that looks up names") {
-  for (int round = 0; round < 20; ++round) {
-    auto bridge = std::make_unique<RuntimeBridge>();
-    std::counting_semaphore<> under_way(0);
-    auto task = bridge->submit([&]() -> awaitable<void> {
-      asio::ip::tcp::resolver resolver(co_await asio::this_coro::executor);
-      for (;;) {
-        (void)co_await resolver.async_resolve("127.0.0.1", "80", use_awaitable);
-        under_way.release();
-        co_await asio::post(use_awaitable);
-      }
-    });
-    under_way.acquire();
-    bridge.reset();
-    REQUIRE(outcome(task.join()) == response_lost);
+namespace {
+
+/// Looks up a name many times, whatever comes in between, and ends the worker's loop after the first has begun.
+template <class Protocol>
+awaitable<int> look_up(RuntimeBridge& bridge) {
+  co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+  typename Protocol::resolver resolver(co_await asio::this_coro::executor);
+  bridge.get_executor().context().stop();
+  for (int i = 0; i < 200; ++i) {
+    const auto found = co_await resolver.async_resolve("127.0.0.1", "80", use_awaitable);
+    if (found.size() != 1) co_return 1;
   }
+  co_return 0;
+}
+
+}  // namespace
+
+TEST_CASE("destructor: a task that looks up names is waited for") {
+  RuntimeBridge bridge;
+  auto tcp = bridge.submit(look_up<asio::ip::tcp>(bridge));
+  CHECK(tcp.join() == 0);
+  bridge = RuntimeBridge();
+  auto udp = bridge.submit(look_up<asio::ip::udp>(bridge));
+  CHECK(udp.join() == 0);
 }
 
 TEST_CASE("destructor: waits for a foreign thread that is held up while it hands a task back") {
@@ -359,6 +367,20 @@ TEST_CASE("destructor: a coroutine that something foreign destroys") {
     }
     if (bridge) REQUIRE(bridge->in_flight() == 0);
   }
+}
+
+TEST_CASE("destructor: a task to be cancelled that something foreign destroys is lost") {
+  const RuntimeBridge bridge;
+  std::optional<asio::io_context> elsewhere(std::in_place);
+  auto task = bridge.submit([&]() -> awaitable<void> {
+    co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+    co_await asio::post(*elsewhere, use_awaitable);
+  });
+  await_calls(bridge, 1);
+  task.request_stop();
+  unwrap(bridge.block_on([] {}));  // which is queued behind it
+  elsewhere.reset();
+  CHECK(outcome(task.join()) == response_lost);
 }
 
 // Race: pool threads hand tasks back to the context while the worker destroys what is parked on it.
@@ -437,6 +459,46 @@ TEST_CASE("context().stop(): against admission and stray exceptions") {
     REQUIRE(unexpected == 0);
     REQUIRE(bridge.in_flight() == 0);
   }
+}
+
+TEST_CASE("context().stop(): the worker waits for a thread that has been admitted and is about to post") {
+  RuntimeBridge bridge;
+  const Watch worker = *bridge.block_on([] { return Watch(); });
+  HeldUp caller(bridge);
+  std::atomic<bool> goes_on{false};
+  asio::post(bridge.get_executor(), [&] {
+    asio::post(bridge.get_executor(), [&] { goes_on = true; });
+    bridge.get_executor().context().stop();
+  });
+  await_state([&] {  // and nobody is admitted any more
+    auto probe = bridge.submit([] {});
+    const bool refused = probe.done() && outcome(probe.join()) == worker_dead;
+    probe.detach();
+    return refused;
+  });
+  await_state([&] { return worker.sleeps(); });
+  CHECK_FALSE(goes_on);
+  CHECK(caller.go_on() == response_lost);
+}
+
+TEST_CASE("context().stop(): again and again, and stray exceptions, while a task is waited for") {
+  const RuntimeBridge bridge;
+  Foreign foreign;
+  auto task = bridge.submit(foreign.visit(1));
+  await_calls(bridge, 1);
+  int times = 0;
+  const std::function<void()> again = [&] {
+    if (++times == 10) {
+      foreign.go_on();
+    } else {
+      asio::post(bridge.get_executor(), again);
+    }
+    bridge.get_executor().context().stop();
+    throw 1;
+  };
+  asio::post(bridge.get_executor(), again);
+  CHECK(task.join() == 1);
+  CHECK(times == 10);
 }
 
 TEST_CASE("context().stop(): I/O objects may be destroyed afterwards") {

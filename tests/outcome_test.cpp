@@ -224,7 +224,9 @@ TEST_CASE("outcome: a bridge that was moved from") {
 
 TEST_CASE("outcome: assigning to a bridge ends the worker it had") {
   RuntimeBridge bridge;
+  unwrap(bridge.block_on([] {}));  // so the worker has its name
   bridge = RuntimeBridge();
+  unwrap(bridge.block_on([] {}));
   await_workers(1);
   auto& same = bridge;
   bridge = std::move(same);

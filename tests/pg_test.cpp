@@ -47,7 +47,6 @@ extern "C" int close(int descriptor) {
 
 namespace {
 
-using runtime_bridge::JoinHandle;
 using std::chrono::steady_clock;
 
 pg::Settings settings(std::string conninfo = {}) {

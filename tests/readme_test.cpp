@@ -9,7 +9,6 @@
 
 #include "support.hpp"
 
-using runtime_bridge::JoinHandle;
 using runtime_bridge::Shutdown;
 using namespace runtime_bridge;
 

@@ -3,8 +3,8 @@
 // shutdown(drain | cancel, limit).
 
 #include <asio/bind_cancellation_slot.hpp>
-#include <asio/thread_pool.hpp>
 #include <atomic>
+#include <functional>
 #include <latch>
 #include <semaphore>
 
@@ -102,6 +102,68 @@ TEST_CASE("shutdown: cancel cancels what runs and what is queued, and waits") {
   CHECK(queued.join().has_value() == ran);
 }
 
+TEST_CASE("shutdown: cancel reaches a call that was admitted and is sent after it") {
+  for (const bool stopped : {false, true}) {
+    RuntimeBridge bridge;
+    HeldUp caller(bridge);
+    asio::steady_timer timer(bridge.get_executor(), 24h);
+    auto parked = bridge.submit(timer.async_wait(asio::deferred));
+    std::jthread shutter([&] { bridge.shutdown(Shutdown::cancel); });
+    CHECK(parked.wait_for(1h));  // the cancellation has come
+    if (stopped) bridge.get_executor().context().stop();
+    CHECK(caller.go_on() == (stopped ? response_lost : cancelled));
+  }
+}
+
+namespace {
+
+/// Operations that are all over once one of them is cancelled, at once and on the spot.
+class AllForOne {
+ public:
+  awaitable<void> wait() {
+    const auto initiate = [this](auto handler) {
+      auto slot = asio::get_associated_cancellation_slot(handler);
+      waiting_.push_back([h = std::make_shared<decltype(handler)>(std::move(handler))] { std::move (*h)(); });
+      slot.assign([this](asio::cancellation_type) {
+        for (const auto& end : std::exchange(waiting_, {})) end();
+      });
+    };
+    return asio::async_initiate<decltype(use_awaitable), void()>(initiate, use_awaitable);
+  }
+
+ private:
+  std::vector<std::function<void()>> waiting_;
+};
+
+}  // namespace
+
+TEST_CASE("shutdown: the cancellation of one task ends them all") {
+  RuntimeBridge bridge;
+  AllForOne operations;
+  std::vector<JoinHandle<int>> tasks;
+  for (int i = 0; i < 3; ++i) {
+    tasks.push_back(bridge.submit([&]() -> awaitable<int> {
+      co_await asio::this_coro::throw_if_cancelled(false);
+      co_await operations.wait();
+      co_return 1;
+    }));
+  }
+  await_calls(bridge, 3);
+  CHECK(bridge.shutdown(Shutdown::cancel));
+  for (auto& task : tasks) CHECK(task.join() == 1);
+}
+
+// Asio still has something of such a task, for it was over before it was suspended.
+TEST_CASE("shutdown: cancel right behind a task that does not wait") {
+  const RuntimeBridge bridge;
+  JoinHandle<int> task;
+  unwrap(bridge.block_on([&] {
+    task = bridge.submit([]() -> awaitable<int> { co_return 1; });
+    bridge.shutdown(Shutdown::cancel);
+  }));
+  CHECK(task.join() == 1);
+}
+
 TEST_CASE("shutdown: a task that ends with a value although it was cancelled") {
   RuntimeBridge bridge;
   auto handle = bridge.submit([]() -> awaitable<int> {
@@ -159,14 +221,9 @@ TEST_CASE("shutdown: at the limit the context is stopped, and false tells") {
 }
 
 TEST_CASE("shutdown: the limit does not cut off what waits for something foreign") {
-  asio::thread_pool pool(1);
-  std::binary_semaphore go_on(0);
-  asio::post(pool, [&] { go_on.acquire(); });
   RuntimeBridge bridge;
-  auto visitor = bridge.submit([&]() -> awaitable<int> {
-    co_await asio::post(pool, use_awaitable);
-    co_return 6;
-  });
+  Foreign foreign;
+  auto visitor = bridge.submit(foreign.visit(6));
   auto parked = bridge.submit(park_stubbornly());
   await_calls(bridge, 2);
   std::atomic<bool> ended{false};
@@ -177,11 +234,74 @@ TEST_CASE("shutdown: the limit does not cut off what waits for something foreign
   });
   CHECK(parked.wait_for(1h));  // the hard stop has happened
   CHECK_FALSE(ended);
-  go_on.release();
+  foreign.go_on();
   shutter.join();
   CHECK_FALSE(complete);
   CHECK(visitor.join() == 6);
-  pool.join();
+}
+
+TEST_CASE("shutdown: the limit does not cut it off, nor does the destructor on the worker") {
+  auto bridge = std::make_unique<RuntimeBridge>();
+  Foreign foreign;
+  auto visitor = bridge->submit(foreign.visit(6));
+  await_calls(*bridge, 1);
+  std::binary_semaphore may_destroy(0);
+  auto destroyer = bridge->submit([&] {
+    may_destroy.acquire();
+    bridge.reset();
+  });
+  std::atomic<bool> ended{false};
+  bool complete = true;
+  std::jthread shutter([&, shut = bridge.get()] {
+    complete = shut->shutdown(Shutdown::drain, 200ms);
+    ended = true;
+  });
+  await_state([&, shut = bridge.get()] {
+    auto probe = shut->submit([] {});
+    const bool refused = probe.done();  // for the worker is busy
+    probe.detach();
+    return refused;
+  });
+  may_destroy.release();
+  std::this_thread::sleep_for(300ms);
+  CHECK_FALSE(ended);
+  foreign.go_on();
+  shutter.join();
+  CHECK_FALSE(complete);
+  CHECK(visitor.join() == 6);
+}
+
+TEST_CASE("shutdown: the worker's thread is gone, and the destructors of its thread_locals are through") {
+  enum class By { destructor, worker, one_thread, two_threads };
+  for (const By by : {By::destructor, By::worker, By::one_thread, By::two_threads}) {
+    static std::atomic<bool> gone;
+    gone = false;
+    struct Slow {
+      ~Slow() {
+        std::this_thread::sleep_for(20ms);
+        gone = true;
+      }
+    };
+    RuntimeBridge bridge;
+    unwrap(bridge.block_on([&] {
+      thread_local const Slow slow;
+      if (by == By::worker) bridge.shutdown(Shutdown::drain);
+    }));
+    std::atomic<int> early{0};
+    const auto shut_down = [&] {
+      bridge.shutdown(Shutdown::drain);
+      if (!gone) ++early;
+    };
+    if (by == By::two_threads) {
+      const std::jthread other(shut_down);
+      shut_down();
+    } else if (by == By::one_thread) {
+      shut_down();
+    }
+    bridge = RuntimeBridge();
+    CHECK(gone);
+    CHECK(early == 0);
+  }
 }
 
 TEST_CASE("shutdown: I/O objects may be destroyed afterwards, and used without effect") {
@@ -212,6 +332,7 @@ TEST_CASE("shutdown: on the worker it does not wait, and the worker ends after t
     auto neighbour = bridge.submit(hops(20));
     const auto task = [&]() -> awaitable<int> {
       complete = bridge.shutdown(how);
+      complete = bridge.shutdown(how) || complete;
       nested = outcome(bridge.submit([] {}).join());
       co_return 5;
     };

@@ -4,6 +4,8 @@
 
 #include <atomic>
 #include <latch>
+#include <memory>
+#include <optional>
 #include <semaphore>
 #include <stdexcept>
 #include <stop_token>
@@ -34,6 +36,28 @@ TEST_CASE("stop: the task is cancelled and waited for, and what it threw is the 
   CHECK_THROWS_AS(std::rethrow_exception(result.error().cause()), std::system_error);
   CHECK(result.error().message().find("runtime_bridge: a stop was requested and the task was cancelled: ") == 0);
   CHECK(bridge.in_flight() == 0);
+}
+
+TEST_CASE("stop: emitted on the worker") {
+  const RuntimeBridge bridge;
+  const auto worker = *bridge.block_on([] { return std::this_thread::get_id(); });
+  std::thread::id emitted_on;
+  const auto initiate = [&](auto handler) {
+    auto slot = asio::get_associated_cancellation_slot(handler);
+    slot.assign([&, h = std::make_shared<decltype(handler)>(std::move(handler))](asio::cancellation_type) {
+      emitted_on = std::this_thread::get_id();
+      asio::post(std::move(*h));
+    });
+  };
+  auto task = bridge.submit([&]() -> awaitable<int> {
+    co_await asio::this_coro::throw_if_cancelled(false);
+    co_await asio::async_initiate<decltype(use_awaitable), void()>(initiate, use_awaitable);
+    co_return 1;
+  });
+  await_calls(bridge, 1);
+  task.request_stop();
+  CHECK(task.join() == 1);
+  CHECK(emitted_on == worker);
 }
 
 TEST_CASE("stop: one that was requested before does not start the task") {
@@ -102,6 +126,66 @@ TEST_CASE("stop: a cancellation of a nested operation, by total cancellation too
   source.request_stop();
   caller.join();
   CHECK(result.find(cancelled) == 0);
+}
+
+TEST_CASE("stop: of a task that ends on its own before its cancellation gets to it") {
+  const RuntimeBridge bridge;
+  std::latch started(1);
+  std::binary_semaphore may_end(0);
+  auto task = bridge.submit([&] {
+    started.count_down();
+    may_end.acquire();
+  });
+  started.wait();
+  task.request_stop();
+  task.detach();  // so nobody but the cancellation knows of it any more
+  may_end.release();
+  CHECK(bridge.block_on([] {}));
+}
+
+// Asio's part of a task that is over goes to the next one.
+TEST_CASE("stop: that gets to a task when it is over does not reach the next one") {
+  const RuntimeBridge bridge;
+  JoinHandle<void> first, next;
+  unwrap(bridge.block_on([&] {
+    first = bridge.submit([] { return asio::post(use_awaitable); });
+    asio::post(bridge.get_executor(), [&] {  // the first waits for its post, which is queued now
+      next = bridge.submit(park());
+      first.request_stop();
+    });
+  }));
+  CHECK(first.join());
+  unwrap(bridge.block_on([] {}));  // which is queued behind the stop
+  CHECK_FALSE(next.done());
+}
+
+// Race: the stop comes while the call is refused, and must not be sent to where nobody hears of it any more.
+TEST_CASE("stop: against a refusal") {
+  const RuntimeBridge bridge;
+  auto parked = bridge.submit(park());
+  await_calls(bridge, 1);
+  const std::jthread drain([&] { bridge.shutdown(runtime_bridge::Shutdown::drain); });
+  await_state([&] { return outcome(bridge.block_on_for([] {}, 1h)) == worker_dead; });
+  std::optional<std::stop_source> source(std::in_place);
+  std::atomic<int> asked_for{0}, at{0};
+  constexpr int rounds = 2'000;
+  const std::jthread stopper([&] {
+    for (int round = 1; round <= rounds; ++round) {
+      await_state([&] { return at >= round; });
+      source->request_stop();
+      asked_for = round;
+    }
+  });
+  int wrong = 0;
+  for (int round = 1; round <= rounds; ++round) {
+    source.emplace();
+    at = round;
+    const std::string result = outcome(bridge.block_on([] {}, source->get_token()));
+    if (result != worker_dead && result != "a stop was requested and the task was cancelled") ++wrong;
+    await_state([&] { return asked_for == round; });
+  }
+  CHECK(wrong == 0);
+  parked.request_stop();
 }
 
 TEST_CASE("stop: after the call, it touches nothing of it") {

@@ -17,7 +17,6 @@
 #include <semaphore>
 
 using namespace stress;
-using runtime_bridge::JoinHandle;
 using runtime_bridge::Shutdown;
 
 namespace {
@@ -272,7 +271,7 @@ std::int64_t run_seed(std::uint64_t seed) {
   World world(seed);
   alarm(100);
   world.run();
-  if (!World::comes([] { return workers_of_this_process() == 0; })) world.violation("workers are left");
+  if (!World::comes([] { return count_threads(is_worker) == 0; })) world.violation("workers are left");
   if (!World::comes([&] { return descriptors_of_this_process() == descriptors; }))
     world.violation("descriptors are left");
   alarm(0);

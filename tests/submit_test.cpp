@@ -10,7 +10,6 @@
 
 #include "support.hpp"
 
-using runtime_bridge::JoinHandle;
 using runtime_bridge::Shutdown;
 
 namespace {
@@ -43,6 +42,9 @@ TEST_CASE("submit: returns at once, and join gives the value") {
   CHECK(handle.done());
   CHECK(handle.wait_for(0s));
   CHECK_THROWS_AS(handle.join(), std::system_error);
+  handle = bridge.submit([] { return 4; });
+  CHECK(handle.joinable());
+  CHECK(handle.join() == 4);
 }
 
 TEST_CASE("submit: every kind of Task, owned") {
@@ -211,6 +213,7 @@ TEST_CASE("submit: detach leaves the task to itself") {
   });
   handle.detach();
   CHECK_FALSE(handle.joinable());
+  handle.request_stop();  // without effect
   *alive = 1;
   await_state([&] { return bridge.in_flight() == 0; });
   CHECK(*alive == 2);

@@ -27,16 +27,22 @@ using experimental::deferred;
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <asio/detached.hpp>
+#include <asio/post.hpp>
 #include <asio/steady_timer.hpp>
+#include <asio/thread_pool.hpp>
 #include <chrono>
 #include <cstdio>
+#include <ctime>
 #include <exception>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <mutex>
 #include <optional>
 #include <runtime_bridge.hpp>
+#include <semaphore>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -58,6 +64,7 @@ extern "C" void __gcov_dump();
 using asio::awaitable;
 using asio::use_awaitable;
 using runtime_bridge::BridgeError;
+using runtime_bridge::JoinHandle;
 using runtime_bridge::Options;
 using runtime_bridge::Result;
 using runtime_bridge::RuntimeBridge;
@@ -77,9 +84,40 @@ void await_state(Condition condition) {
   while (!condition()) std::this_thread::yield();
 }
 
+/// What the system tells of a thread.
+struct ThreadStatus {
+  explicit ThreadStatus(const std::filesystem::path& folder) {
+    std::string line;  // "123 (name) S ..."; none if the thread has ended
+    std::getline(std::ifstream(folder / "stat"), line);
+    const std::size_t begin = line.find('(') + 1;
+    const std::size_t end = line.rfind(')');
+    if (end == std::string::npos) return;
+    name = line.substr(begin, end - begin);
+    state = line.at(end + 2);
+  }
+
+  std::string name;
+  char state = 0;  // 'R' if it runs, or could; 'S' if it waits for something
+};
+
+/// How many threads of this process meet the condition.
+template <class Condition>
+std::size_t count_threads(Condition condition) {
+  std::error_code gone;  // threads that end while they are listed
+  const std::filesystem::directory_iterator threads("/proc/self/task", gone);
+  return static_cast<std::size_t>(
+      std::count_if(begin(threads), end(threads), [&](const auto& thread) { return condition(ThreadStatus(thread)); }));
+}
+
+/// Whether a thread has the name that workers have by default. A thread names itself when it starts and is listed for a
+/// moment after it was joined, so wait for a number of them: `await_workers`.
+inline bool is_worker(const ThreadStatus& thread) { return thread.name == Options().thread_name; }
+
 /// Waits until `calls` calls of the bridge have been started and run as far as they can by themselves.
 inline void await_calls(const RuntimeBridge& bridge, std::size_t calls) {
-  await_state([&] { return bridge.in_flight() == calls; });
+  // A call counts before it is sent, and its caller sleeps only after.
+  const auto awake = [](const ThreadStatus& thread) { return thread.state != 'S' && !is_worker(thread); };
+  await_state([&] { return bridge.in_flight() == calls && count_threads(awake) == 1; });
   unwrap(bridge.block_on([] {}));  // which was queued behind their starts
 }
 
@@ -127,20 +165,8 @@ inline const std::string worker_dead = "the worker is gone";
 inline const std::string response_lost = "the task ended without a value";
 inline const std::string would_deadlock = "the call would wait for itself";
 
-/// How many threads of this process bear the name that workers have by default. A thread names itself when it starts
-/// and is listed for a moment after it was joined, so wait for the number: `await_workers`.
-inline std::size_t workers_of_this_process() {
-  std::size_t workers = 0;
-  std::error_code gone;  // threads that end while they are listed
-  for (const auto& task : std::filesystem::directory_iterator("/proc/self/task", gone)) {
-    std::string name;
-    std::getline(std::ifstream(task.path() / "comm") >> std::ws, name);
-    if (name == Options().thread_name) ++workers;
-  }
-  return workers;
-}
 inline void await_workers(std::size_t number) {
-  await_state([&] { return workers_of_this_process() == number; });
+  await_state([&] { return count_threads(is_worker) == number; });
 }
 
 inline std::size_t entries(const char* folder) {
@@ -148,6 +174,70 @@ inline std::size_t entries(const char* folder) {
   return static_cast<std::size_t>(std::distance(begin, std::filesystem::directory_iterator()));
 }
 inline std::size_t descriptors_of_this_process() { return entries("/proc/self/fd"); }
+
+inline std::chrono::nanoseconds cpu_time(clockid_t clock) {
+  timespec t{};
+  clock_gettime(clock, &t);
+  return std::chrono::seconds(t.tv_sec) + std::chrono::nanoseconds(t.tv_nsec);
+}
+
+/// What a thread is at.
+class Watch {
+ public:
+  /// The one that makes this.
+  Watch() : folder_("/proc/self/task/" + std::to_string(gettid())) { pthread_getcpuclockid(pthread_self(), &clock_); }
+
+  std::chrono::nanoseconds cpu() const { return cpu_time(clock_); }
+
+  bool sleeps() const { return ThreadStatus(folder_).state == 'S'; }
+
+ private:
+  std::string folder_;
+  clockid_t clock_{};
+};
+
+/// The worker of a bridge of its own, which is about to call another one and is held up inside its gate: admitted, and
+/// not sent. There it looks for rings, and this has the lock.
+class HeldUp {
+ public:
+  explicit HeldUp(const RuntimeBridge& bridge)
+      : call_(own_.submit([&bridge] { return outcome(bridge.block_on([] { return 1; })); })) {
+    await_state([&] { return bridge.in_flight() == 1; });
+  }
+
+  /// What the call came to.
+  std::string go_on() {
+    lock_.unlock();
+    return call_.join().value_or("none");
+  }
+
+ private:
+  RuntimeBridge own_;
+  std::unique_lock<std::mutex> lock_{runtime_bridge::detail::Forks::ring_mutex};
+  JoinHandle<std::string> call_;
+};
+
+/// A thread pool of one, occupied until it is told to go on: something foreign that a task can be parked on.
+class Foreign {
+ public:
+  Foreign() {
+    asio::post(pool_, [this] { go_on_.acquire(); });
+  }
+  ~Foreign() {
+    go_on();
+    pool_.join();
+  }
+  void go_on() { go_on_.release(); }
+
+  awaitable<int> visit(int value) {
+    co_await asio::post(pool_, use_awaitable);
+    co_return value;
+  }
+
+ private:
+  std::binary_semaphore go_on_{0};
+  asio::thread_pool pool_{1};
+};
 
 /// A limit of this process, while it lives.
 class Limit {

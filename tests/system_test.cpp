@@ -23,7 +23,6 @@
 
 #include "support.hpp"
 
-using runtime_bridge::JoinHandle;
 using runtime_bridge::Shutdown;
 
 namespace {
@@ -324,6 +323,7 @@ TEST_CASE("system: hundreds of forks while threads call, submit, stop, shut down
         return third.block_on(rings) == 1000;
       },
   };
+  auto parked = first->submit(park);
   std::vector<std::jthread> threads;
   for (const auto& load : loads) {
     threads.emplace_back([&](const std::stop_token& stop) {
@@ -333,14 +333,15 @@ TEST_CASE("system: hundreds of forks while threads call, submit, stop, shut down
   for (int i = 0; i < 300; ++i) {
     const int before = calls;
     REQUIRE(in_child_process([&] {
+              parked.request_stop();
               for (auto* inherited : {&first, &second}) {
                 if (const int code = use_inherited(*inherited)) return code;
               }
               const RuntimeBridge a;
               const RuntimeBridge b(lazy());
               if (a.block_on([&] { return *b.block_on([] { return take(5); }); }) != 5) return 5;
-              auto parked = b.submit(park);
-              return b.shutdown(Shutdown::cancel) && ended_as(parked.join(), BridgeError::Cancelled) ? 0 : 6;
+              auto own = b.submit(park);
+              return b.shutdown(Shutdown::cancel) && ended_as(own.join(), BridgeError::Cancelled) ? 0 : 6;
             }) == 0);
     await_state([&] { return calls != before; });
   }
@@ -500,6 +501,30 @@ TEST_CASE("system: a thread_local of a worker outlives the bridge that the worke
           await_workers(0);
           return served == 1 ? 0 : 1;
         }) == 0);
+}
+
+TEST_CASE("system: thread_locals of a worker destroy its bridge and make calls") {
+  for (const bool by_another : {false, true}) {
+    CHECK(in_child_process([=] {
+            static std::atomic<int> served{0};
+            static std::optional<RuntimeBridge> bridge(std::in_place);
+            static const bool another = by_another;
+            unwrap(bridge->block_on([] {
+              thread_local const AtExit user{[] { served = RuntimeBridge().block_on([] { return 1; }).value_or(0); }};
+              thread_local const AtExit destroyer{[] {  // the first to go
+                await_state([] { return bridge->in_flight() == 0; });
+                if (another) {
+                  unwrap(RuntimeBridge().block_on([] { bridge.reset(); }));
+                } else {
+                  bridge.reset();
+                }
+              }};
+              bridge->shutdown(Shutdown::drain);  // so the worker ends by itself
+            }));
+            await_workers(0);
+            return served == 1 && !bridge ? 0 : 1;
+          }) == 0);
+  }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -235,6 +235,19 @@ TEST_CASE("start: lazy, 64 racing first calls make one thread") {
   }
 }
 
+TEST_CASE("start: not by a call that was admitted before a shutdown") {
+  const RuntimeBridge bridge(lazy());
+  HeldUp caller(bridge);
+  CHECK(bridge.shutdown(runtime_bridge::Shutdown::drain));
+  CHECK(caller.go_on() == worker_dead);
+}
+
+TEST_CASE("start: a lazy bridge that could not be started and never was") {
+  const RuntimeBridge bridge(lazy());
+  const Limit limit(RLIMIT_NOFILE, 0);
+  CHECK_FALSE(bridge.block_on([] {}).has_value());
+}
+
 // Race: the first call starts the worker while somebody stops its context, or shuts the bridge down.
 TEST_CASE("start: lazy, a first call against context().stop() and shutdown") {
   for (int round = 0; round < 1'000; ++round) {
