@@ -328,10 +328,12 @@ TEST_CASE("shutdown: on the worker it does not wait, and the worker ends after t
   for (const auto how : {Shutdown::drain, Shutdown::cancel}) {
     RuntimeBridge bridge;
     bool complete = true;
+    bool between = false;
     std::string nested;
     auto neighbour = bridge.submit(hops(20));
     const auto task = [&]() -> awaitable<int> {
       complete = bridge.shutdown(how);
+      asio::post(bridge.get_executor(), [&] { between = true; });
       complete = bridge.shutdown(how) || complete;
       nested = outcome(bridge.submit([] {}).join());
       co_return 5;
@@ -342,6 +344,7 @@ TEST_CASE("shutdown: on the worker it does not wait, and the worker ends after t
     const auto result = neighbour.join();
     if (how == Shutdown::drain) CHECK(result == 20);
     CHECK(bridge.shutdown(Shutdown::drain));
+    CHECK(between);
   }
 }
 

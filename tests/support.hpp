@@ -205,6 +205,10 @@ class HeldUp {
     await_state([&] { return bridge.in_flight() == 1; });
   }
 
+  ~HeldUp() {
+    if (lock_) lock_.unlock();
+  }
+
   /// What the call came to.
   std::string go_on() {
     lock_.unlock();
