@@ -470,12 +470,7 @@ TEST_CASE("context().stop(): the worker waits for a thread that has been admitte
     asio::post(bridge.get_executor(), [&] { goes_on = true; });
     bridge.get_executor().context().stop();
   });
-  await_state([&] {  // and nobody is admitted any more
-    auto probe = bridge.submit([] {});
-    const bool refused = probe.done() && outcome(probe.join()) == worker_dead;
-    probe.detach();
-    return refused;
-  });
+  await_closed(bridge);
   await_state([&] { return worker.sleeps(); });
   CHECK_FALSE(goes_on);
   CHECK(caller.go_on() == response_lost);

@@ -87,12 +87,7 @@ TEST_CASE("shutdown: cancel cancels what runs and what is queued, and waits") {
   bool ran = false;
   auto queued = bridge.submit([&ran] { ran = true; });
   std::jthread release([&] {
-    await_state([&] {
-      auto probe = bridge.submit([] {});
-      const bool refused = probe.done();  // for the worker is busy
-      probe.detach();
-      return refused;
-    });
+    await_closed(bridge);
     busy.release();
   });
   CHECK(bridge.shutdown(Shutdown::cancel));
@@ -256,12 +251,7 @@ TEST_CASE("shutdown: the limit does not cut it off, nor does the destructor on t
     complete = shut->shutdown(Shutdown::drain, 200ms);
     ended = true;
   });
-  await_state([&, shut = bridge.get()] {
-    auto probe = shut->submit([] {});
-    const bool refused = probe.done();  // for the worker is busy
-    probe.detach();
-    return refused;
-  });
+  await_closed(*bridge);
   may_destroy.release();
   std::this_thread::sleep_for(300ms);
   CHECK_FALSE(ended);

@@ -165,7 +165,7 @@ TEST_CASE("stop: against a refusal") {
   auto parked = bridge.submit(park());
   await_calls(bridge, 1);
   const std::jthread drain([&] { bridge.shutdown(runtime_bridge::Shutdown::drain); });
-  await_state([&] { return outcome(bridge.block_on_for([] {}, 1h)) == worker_dead; });
+  await_closed(bridge);
   std::optional<std::stop_source> source(std::in_place);
   std::atomic<int> asked_for{0}, at{0};
   constexpr int rounds = 2'000;

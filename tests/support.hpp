@@ -165,6 +165,16 @@ inline const std::string worker_dead = "the worker is gone";
 inline const std::string response_lost = "the task ended without a value";
 inline const std::string would_deadlock = "the call would wait for itself";
 
+/// Waits until the bridge admits no calls any more.
+inline void await_closed(const RuntimeBridge& bridge) {
+  await_state([&] {
+    auto probe = bridge.submit([] {});  // which is not waited for, as nobody might run it
+    const bool refused = probe.done() && outcome(probe.join()) == worker_dead;
+    probe.detach();
+    return refused;
+  });
+}
+
 inline void await_workers(std::size_t number) {
   await_state([&] { return count_threads(is_worker) == number; });
 }
