@@ -447,7 +447,8 @@ struct Forks {
   static inline std::atomic<unsigned> seen{0};
   static inline std::mutex ring_mutex;  // guards Core::waits_for_ of all bridges
 
-  // Not where it is needed first: the guard of a static in a function, too, can be held by another thread in a fork.
+  // Before main, and not where it is needed first: the guard of a function's static stays locked in a child if another
+  // thread holds it during the fork.
   static inline const int failed = pthread_atfork([] { ring_mutex.lock(); }, [] { ring_mutex.unlock(); },
                                                   [] {
                                                     ring_mutex.unlock();
