@@ -148,17 +148,6 @@ TEST_CASE("shutdown: the cancellation of one task ends them all") {
   for (auto& task : tasks) CHECK(task.join() == 1);
 }
 
-// Asio still has something of such a task, for it was over before it was suspended.
-TEST_CASE("shutdown: cancel right behind a task that does not wait") {
-  const RuntimeBridge bridge;
-  JoinHandle<int> task;
-  unwrap(bridge.block_on([&] {
-    task = bridge.submit([]() -> awaitable<int> { co_return 1; });
-    bridge.shutdown(Shutdown::cancel);
-  }));
-  CHECK(task.join() == 1);
-}
-
 TEST_CASE("shutdown: a task that ends with a value although it was cancelled") {
   RuntimeBridge bridge;
   auto handle = bridge.submit([]() -> awaitable<int> {
