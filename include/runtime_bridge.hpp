@@ -10,12 +10,16 @@
 #define RUNTIME_BRIDGE_VERSION_MINOR 1
 #define RUNTIME_BRIDGE_VERSION_PATCH 0
 
+// After an #error nothing else is compiled, so that the error is the only one.
 #if __cplusplus < 202002L
 #error "runtime_bridge needs C++20: compile with -std=c++20 or newer"
-#endif
-#ifdef _WIN32
+#elif defined(_WIN32)
 #error "runtime_bridge needs POSIX threads (it watches for fork); Windows is not supported"
-#endif
+#elif !defined(__cpp_exceptions)
+#error "runtime_bridge needs exceptions, and so does Asio: compile without -fno-exceptions"
+#elif !defined(__cpp_rtti) && !defined(ASIO_NO_TYPEID)
+#error "Asio needs -DASIO_NO_TYPEID beside -fno-rtti, in every file of the program"
+#else
 
 // Before Asio: 1.22.1 looks whether the standard library has aligned_alloc, and sees it only once one of its headers
 // was included. Two units that differ in that would free each other's memory in the wrong way.
@@ -24,12 +28,12 @@
 #include <asio/version.hpp>
 #if ASIO_VERSION < 102201
 #error "runtime_bridge needs standalone Asio 1.22.1 or newer"
-#endif
+#else
 
 #include <asio/detail/config.hpp>
 #ifndef ASIO_HAS_CO_AWAIT
 #error "Asio sees no coroutines: with clang and Asio < 1.24 add -DASIO_HAS_CO_AWAIT=1 -DASIO_HAS_STD_COROUTINE=1"
-#endif
+#else
 
 #include <asio/any_io_executor.hpp>
 #include <asio/awaitable.hpp>
@@ -38,16 +42,25 @@
 #include <asio/cancellation_signal.hpp>
 #include <asio/cancellation_type.hpp>
 #include <asio/co_spawn.hpp>
-#include <asio/detail/reactor.hpp>
 #include <asio/execution_context.hpp>
 #include <asio/executor_work_guard.hpp>
 #include <asio/io_context.hpp>
-#include <asio/ip/tcp.hpp>
-#include <asio/ip/udp.hpp>
 #include <asio/post.hpp>
+#include <asio/this_coro.hpp>
 #include <asio/use_awaitable.hpp>
 
+// Asio's own headers, which name its services. A block of their own, as they are not self-contained: since Asio 1.38
+// the reactor's must come after io_context.hpp.
+#include <asio/detail/null_mutex.hpp>
+#include <asio/detail/reactor.hpp>
+#include <asio/detail/signal_set_service.hpp>
+#include <asio/experimental/detail/channel_service.hpp>
+#ifdef ASIO_HAS_IO_URING
+#include <asio/detail/io_uring_service.hpp>
+#endif
+
 #include <pthread.h>
+#include <signal.h>
 
 #include <array>
 #include <atomic>
@@ -65,6 +78,7 @@
 #include <mutex>
 #include <new>
 #include <optional>
+#include <ostream>
 #include <stop_token>
 #include <string>
 #include <system_error>
@@ -97,7 +111,9 @@
 /// returns, throws, is destroyed or never starts, some destructor ends the call.
 ///
 /// *The end.* The destructor stops the worker at once; calls in flight are answered with `ResponseLost`.
-namespace runtime_bridge {
+///
+/// *Modules.* A bridge may be passed between the program and its plugins, whatever their symbols' visibility.
+namespace [[gnu::visibility("default")]] runtime_bridge {
 inline namespace RUNTIME_BRIDGE_ABI {
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -130,7 +146,16 @@ class [[nodiscard]] BridgeError {
   friend bool operator==(const BridgeError& a, const BridgeError& b) noexcept { return a.kind_ == b.kind_; }
   friend bool operator==(const BridgeError& a, Kind b) noexcept { return a.kind_ == b; }
 
+  /// Writes the message.
+  template <class Traits>
+  friend std::basic_ostream<char, Traits>& operator<<(std::basic_ostream<char, Traits>& out, const BridgeError& error) {
+    return out << error.message();
+  }
+
  private:
+  /// The message, without the name of this library before it.
+  [[nodiscard]] std::string sentence() const;
+
   Kind kind_ = ResponseLost;
   std::exception_ptr cause_;
   std::shared_ptr<const char> text_;  // null: the category's text for the kind
@@ -188,12 +213,36 @@ inline unexpected<BridgeError> refuse(BridgeError::Kind kind, const char* why) {
 
 inline std::error_code make_error_code(BridgeError::Kind kind) noexcept { return {kind, detail::error_category}; }
 
-inline std::string BridgeError::message() const {
-  std::string text = "runtime_bridge: ";
-  text += text_ ? std::string(text_.get()) : detail::error_category.message(kind_);
+namespace detail {
+
+/// What `unwrap` throws. The text of a plain `std::system_error` would say the kind once more behind the message.
+class UnwrapError final : public std::system_error {
+ public:
+  explicit UnwrapError(const BridgeError& error)
+      : std::system_error(make_error_code(error.kind())),
+        error_(std::make_shared<const BridgeError>(error)),
+        message_(std::make_shared<const std::string>(error.message())) {}
+
+  [[nodiscard]] const char* what() const noexcept override { return message_->c_str(); }
+  [[nodiscard]] const BridgeError& error() const noexcept { return *error_; }
+
+ private:
+  // Shared, since copying an exception must not throw.
+  std::shared_ptr<const BridgeError> error_;
+  std::shared_ptr<const std::string> message_;
+};
+
+}  // namespace detail
+
+inline std::string BridgeError::message() const { return "runtime_bridge: " + sentence(); }
+
+inline std::string BridgeError::sentence() const {
+  const std::string text = text_ ? std::string(text_.get()) : detail::error_category.message(kind_);
   if (!cause_) return text;
   try {
     std::rethrow_exception(cause_);
+  } catch (const detail::UnwrapError& e) {
+    return text + ": " + e.error().sentence();
   } catch (const std::exception& e) {
     return text + ": " + e.what();
   } catch (...) {
@@ -205,23 +254,38 @@ inline std::string BridgeError::message() const {
 template <class T>
 using Result = detail::Expected<T, BridgeError>;
 
+namespace detail {
+
+[[noreturn]] inline void throw_error(const BridgeError& error) {
+  if (error == BridgeError::ResponseLost && error.cause()) std::rethrow_exception(error.cause());
+  throw UnwrapError(error);
+}
+
+}  // namespace detail
+
 /// The value of a call, for callers who want exceptions.
 ///
 /// Without a value it rethrows the task's own exception (`ResponseLost` with a cause), else throws a
-/// `std::system_error` whose code is the error's kind.
+/// `std::system_error` whose code is the error's kind and whose text is its message.
 template <class T>
-T unwrap(Result<T> result) {
-  if (result.has_value()) {
-    if constexpr (std::is_void_v<T>) {
-      return;
-    } else {
-      return *std::move(result);
-    }
-  }
-  const BridgeError& error = result.error();
-  if (error == BridgeError::ResponseLost && error.cause()) std::rethrow_exception(error.cause());
-  throw std::system_error(make_error_code(error.kind()), error.message());
+requires(!std::is_void_v<T>) [[nodiscard]] T unwrap(Result<T>&& result) {
+  if (!result.has_value()) detail::throw_error(result.error());
+  return *std::move(result);
 }
+template <class T>
+requires std::copy_constructible<T>
+[[nodiscard]] T unwrap(const Result<T>& result) {
+  if (!result.has_value()) detail::throw_error(result.error());
+  return *result;
+}
+inline void unwrap(const Result<void>& result) {
+  if (!result.has_value()) detail::throw_error(result.error());
+}
+// clang-format off: a compiler that refuses a call shows this line.
+template <class T>
+requires(!std::is_void_v<T> && !std::copy_constructible<T>) void unwrap(const Result<T>& result) =
+    delete;  // The value can only be moved: write unwrap(std::move(result)).
+// clang-format on
 
 /// When the worker thread is made.
 enum class Start {
@@ -261,18 +325,18 @@ struct AwaitableTraits : std::false_type {
   using Executor = asio::io_context::executor_type;
 };
 template <class T, class Ex>
-struct AwaitableTraits<asio::awaitable<T, Ex>> : std::true_type {
+struct AwaitableTraits<asio::awaitable<T, Ex> > : std::true_type {
   using Value = T;
   using Executor = Ex;
 };
 template <class T>
-inline constexpr bool is_awaitable = AwaitableTraits<std::remove_cvref_t<T>>::value;
+inline constexpr bool is_awaitable = AwaitableTraits<std::remove_cvref_t<T> >::value;
 
 using UseAwaitable = asio::use_awaitable_t<asio::io_context::executor_type>;
 
 template <class T>
 concept Operation =
-    !std::invocable<T> && std::invocable<T, UseAwaitable> && is_awaitable<std::invoke_result_t<T, UseAwaitable>>;
+    !std::invocable<T> && std::invocable<T, UseAwaitable> && is_awaitable<std::invoke_result_t<T, UseAwaitable> >;
 
 struct NotATask {};
 
@@ -290,33 +354,82 @@ decltype(auto) begin(std::remove_reference_t<Task>& task) {
   }
 }
 
-/// What a `Task` is, and the words for everything that is none.
+/// An awaitable of another Asio, told by its members, as its headers need not be there.
+template <class T>
+concept OtherAwaitable = !is_awaitable<T> && requires(std::remove_cvref_t<T> & t) {
+  typename std::remove_cvref_t<T>::value_type;
+  typename std::remove_cvref_t<T>::executor_type;
+  t.await_ready();
+};
+
+enum class Refusal { none, not_given_up, other_asio, no_task, executor, reference, not_started, immovable };
+
+/// Why a type is not a Task. It looks at one thing at a time, so that nothing fails but the assertion that tells of it.
 template <class Task>
+consteval Refusal refusal_of() {
+  if constexpr (is_awaitable<Task> && std::is_lvalue_reference_v<Task>) {
+    return Refusal::not_given_up;
+  } else if constexpr (OtherAwaitable<Task>) {
+    return Refusal::other_asio;
+  } else if constexpr (!is_awaitable<Task> && !std::invocable<Task> && !Operation<Task>) {
+    return Refusal::no_task;
+  } else {
+    using Begun = decltype(begin<Task>(std::declval<std::remove_reference_t<Task>&>()));
+    using Traits = AwaitableTraits<std::remove_cvref_t<Begun> >;
+    using Value = std::conditional_t<is_awaitable<Begun>, typename Traits::Value, Begun>;
+    constexpr bool known_executor = std::is_same_v<typename Traits::Executor, asio::any_io_executor> ||
+                                    std::is_same_v<typename Traits::Executor, asio::io_context::executor_type>;
+    if constexpr (OtherAwaitable<Begun>) {
+      return Refusal::other_asio;
+    } else if constexpr (!known_executor) {
+      return Refusal::executor;
+    } else if constexpr (std::is_reference_v<Value>) {
+      return Refusal::reference;
+    } else if constexpr (Operation<Value>) {
+      return Refusal::not_started;
+    } else if constexpr (!std::is_void_v<Value> && !std::is_move_constructible_v<Value>) {
+      return Refusal::immovable;
+    } else {
+      return Refusal::none;
+    }
+  }
+}
+
+template <class Task>
+inline constexpr bool is_task = refusal_of<Task>() == Refusal::none;
+
+/// What a `Task` is, and the words for everything that is none.
+template <class Task, Refusal refusal = refusal_of<Task>()>
 struct TaskTraits {
-  static_assert(!is_awaitable<Task> || !std::is_lvalue_reference_v<Task>,
+  static_assert(refusal != Refusal::not_given_up,
                 "runtime_bridge: an awaitable runs once, so give it up: block_on(std::move(task))");
-  static_assert(is_awaitable<Task> || std::invocable<Task> || Operation<Task>,
+  static_assert(refusal != Refusal::other_asio,
+                "runtime_bridge: this awaitable is another library's, such as boost::asio::awaitable: give an "
+                "asio::awaitable, of standalone Asio");
+  static_assert(refusal != Refusal::no_task,
                 "runtime_bridge: not a Task: give an asio::awaitable, a callable without parameters, or an Asio "
                 "operation that waits for its token, such as timer.async_wait(asio::deferred)");
-
-  using Begun = decltype(begin<Task>(std::declval<std::remove_reference_t<Task>&>()));
-  using Executor = typename AwaitableTraits<std::remove_cvref_t<Begun>>::Executor;
-  using Returned =
-      std::conditional_t<is_awaitable<Begun>, typename AwaitableTraits<std::remove_cvref_t<Begun>>::Value, Begun>;
-  using Value = std::remove_cv_t<Returned>;
-
-  static_assert(std::is_same_v<Executor, asio::any_io_executor> ||
-                    std::is_same_v<Executor, asio::io_context::executor_type>,
+  static_assert(refusal != Refusal::executor,
                 "runtime_bridge: the awaitable's executor must be asio::any_io_executor (the default) or "
                 "asio::io_context::executor_type");
-  static_assert(!std::is_reference_v<Value>,
+  static_assert(refusal != Refusal::reference,
                 "runtime_bridge: a task cannot return a reference: return a copy, a pointer or a "
                 "std::reference_wrapper");
-  static_assert(!Operation<Value>,
+  static_assert(refusal != Refusal::not_started,
                 "runtime_bridge: the callable returns an operation that nobody starts: give block_on the operation, or "
                 "co_await it in a coroutine");
-  static_assert(std::is_void_v<Value> || std::is_reference_v<Value> || std::is_move_constructible_v<Value>,
-                "runtime_bridge: a task's result must be movable");
+  static_assert(refusal != Refusal::immovable, "runtime_bridge: a task's result must be movable");
+
+  using Value = void;
+};
+
+template <class Task>
+struct TaskTraits<Task, Refusal::none> {
+  using Begun = decltype(begin<Task>(std::declval<std::remove_reference_t<Task>&>()));
+  using Executor = typename AwaitableTraits<std::remove_cvref_t<Begun> >::Executor;
+  using Returned =
+      std::conditional_t<is_awaitable<Begun>, typename AwaitableTraits<std::remove_cvref_t<Begun> >::Value, Begun>;
+  using Value = std::remove_cv_t<Returned>;
 };
 
 template <class Task>
@@ -377,67 +490,68 @@ class Gate {
   }
 
   static std::uint64_t posters(std::uint64_t word) noexcept { return (word % call) / poster; }
-  static std::size_t calls(std::uint64_t word) noexcept { return static_cast<std::size_t>(word / call); }
+  static std::size_t calls(std::uint64_t word) noexcept { return word / call; }
 
   std::atomic<std::uint64_t> word_{0};
 };
 
-/// The `io_context`, with the two things that the worker needs and Asio keeps to itself.
+/// The service that opens the descriptors that all I/O of a context goes through.
+#ifdef ASIO_HAS_IO_URING_AS_DEFAULT
+using Reactor = asio::detail::io_uring_service;
+#else
+using Reactor = asio::detail::reactor;
+#endif
+
+/// The `io_context`, with the things that the worker needs and Asio keeps to itself.
 class Context : public asio::io_context {
  public:
   /// Takes the reactor's descriptors now. Asio would take them with the first timer or socket, and fail in the user's
   /// hands. Until then the context keeps its faster wait without a reactor.
   void open_reactor() {
     try {
-      asio::use_service<asio::detail::reactor>(*this);
+      asio::use_service<Reactor>(*this);
     } catch (const std::system_error& e) {
       // Asio's own category compares equal to no std::errc in some versions.
       throw std::system_error(e.code().value(), std::system_category(), "runtime_bridge: no reactor");
     }
   }
 
-  /// Destroys every operation that waits on this context, and with it the coroutines that await it. What is queued to
-  /// run stays queued, for the loop to run.
+  /// Destroys every operation of Asio's that waits on this context, and with it the coroutines that await it. What is
+  /// queued to run stays queued, for the loop to run. Timers and sockets are of no use afterwards; signals and channels
+  /// can be waited for again, until the next time.
   ///
-  /// `asio::execution_context::shutdown` also empties the scheduler's queue, and does so without its lock: a foreign
-  /// thread that posts just then, because something that a task awaits elsewhere has completed, would corrupt it.
-  /// Services are shut down newest first, so the fence, made soon after the scheduler, comes before it.
+  /// Not by `asio::execution_context::shutdown`. That shuts down the scheduler as well, which empties its queue without
+  /// its lock: a foreign thread that posts just then would corrupt it. And it shuts down the resolvers, which crash
+  /// when they are used afterwards. A look-up that is under way is on a thread of Asio's, and thus foreign.
   void destroy_parked() {
-    fence_.raised = true;
-    try {
-      shutdown();
-    } catch (const Fence::Reached&) {
-    }
-    fence_.raised = false;
+    shut_down<asio::experimental::detail::channel_service<asio::detail::null_mutex> >();
+    shut_down<asio::experimental::detail::channel_service<asio::detail::mutex> >();
+    shut_down<asio::detail::signal_set_service>();
+#ifdef ASIO_HAS_IO_URING
+    shut_down<asio::detail::io_uring_service>();
+#endif
+    shut_down<asio::detail::reactor>();
   }
 
-  /// The same, and what is queued is destroyed as well, without the lock. A last resort.
-  void destroy_all() { shutdown(); }
+  /// Gives back the work that so many destroyed operations held, which Asio does not: the loop would never run out of
+  /// it. Not more than there is, as some held none.
+  void forget_operations(std::size_t number) {
+    auto& scheduler = asio::use_service<asio::detail::io_context_impl>(*this);
+    for (; number != 0 && !stopped(); --number) scheduler.work_finished();
+  }
 
  private:
-  struct Fence : asio::execution_context::service {
-    struct Reached {};
-    static inline asio::execution_context::id id;
-
-    explicit Fence(asio::execution_context& context) : asio::execution_context::service(context) {}
-    void shutdown() override {
-      if (raised) throw Reached();
-    }
-
-    bool raised = false;
-  };
-
-  // Made first, so that `destroy_parked` does not get to it: once shut down, Asio's resolver crashes when it is used. A
-  // lookup that is under way is on a thread of Asio's, and thus foreign.
-  template <class Protocol>
-  using Resolvers = asio::detail::resolver_service<Protocol>;
-  Resolvers<asio::ip::tcp>& tcp_resolvers_ = asio::use_service<Resolvers<asio::ip::tcp>>(*this);
-  Resolvers<asio::ip::udp>& udp_resolvers_ = asio::use_service<Resolvers<asio::ip::udp>>(*this);
-  Fence& fence_ = asio::make_service<Fence>(*this);
+  template <class Service>
+  void shut_down() {
+    if (asio::has_service<Service>(*this)) asio::use_service<Service>(*this).shutdown();
+  }
 };
 
 /// Counts the forks between the process that made a bridge and this one. The child of a fork has the bridge's memory
 /// but not its worker, and locks that other threads held stay locked there for ever.
+///
+/// Each module has this once: a plugin beside the program, if the linker does not unite their symbols. A bridge uses
+/// that of the module that made it, whichever calls it.
 struct Forks {
   static unsigned count() {
     if (failed) throw std::system_error(failed, std::generic_category(), "runtime_bridge: pthread_atfork");
@@ -445,7 +559,7 @@ struct Forks {
   }
 
   static inline std::atomic<unsigned> seen{0};
-  static inline std::mutex ring_mutex;  // guards Core::waits_for_ of all bridges
+  static inline std::mutex ring_mutex;  // guards Core::waits_for_ of all bridges that the module made
 
   // Before main, and not where it is needed first: the guard of a function's static stays locked in a child if another
   // thread holds it during the fork.
@@ -454,6 +568,24 @@ struct Forks {
                                                     ring_mutex.unlock();
                                                     seen.fetch_add(1, std::memory_order_relaxed);
                                                   });
+};
+
+/// Keeps signals from this thread, and from those that it starts meanwhile. But for those of a fault, which are for the
+/// thread that commits it: blocked they would end the process past the handlers of crash reporters and sanitizers.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() noexcept {
+    sigset_t signals;
+    sigfillset(&signals);
+    for (const int fault : {SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP}) sigdelset(&signals, fault);
+    pthread_sigmask(SIG_BLOCK, &signals, &before_);
+  }
+  SignalsBlocked(const SignalsBlocked&) = delete;
+  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
 };
 
 /// Memory for one posted operation, inside the call that posts it: posting then needs no allocation and cannot fail.
@@ -465,7 +597,7 @@ class OperationMemory {
   }
 
  private:
-  alignas(std::max_align_t) std::array<std::byte, 96> bytes_;
+  alignas(std::max_align_t) std::array<std::byte, 128> bytes_;
 };
 
 template <class T>
@@ -491,7 +623,7 @@ using Exact = std::chrono::duration<long double, std::nano>;
 template <class Clock, class Duration>
 std::chrono::nanoseconds time_left(const std::chrono::time_point<Clock, Duration>& deadline) {
   constexpr std::chrono::seconds step(Clock::is_steady ? 3600 : 1);
-  if (deadline == deadline.max()) return step;  // without a look at the clock, for most calls have no deadline
+  if (deadline == (deadline.max)()) return step;  // without a look at the clock, for most calls have no deadline
   const Exact left = Exact(deadline.time_since_epoch()) - Exact(Clock::now().time_since_epoch());
   if (!(left > Exact::zero())) return std::chrono::nanoseconds::zero();
   return left < step ? std::chrono::ceil<std::chrono::nanoseconds>(left) : step;
@@ -499,13 +631,13 @@ std::chrono::nanoseconds time_left(const std::chrono::time_point<Clock, Duration
 
 using SteadyTime = std::chrono::steady_clock::time_point;
 
-/// The time after `duration` from now; `max()` if that is further off than the clock can tell.
+/// The time after `duration` from now; the clock's last time if that is further off than the clock can tell.
 template <class Rep, class Period>
 SteadyTime time_after(const std::chrono::duration<Rep, Period>& duration) {
   const SteadyTime now = std::chrono::steady_clock::now();
   const Exact exact(duration);
   if (!(exact > Exact::zero())) return now;
-  if (exact >= Exact(SteadyTime::max() - now)) return SteadyTime::max();
+  if (exact >= Exact((SteadyTime::max)() - now)) return (SteadyTime::max)();
   return now + std::chrono::ceil<std::chrono::nanoseconds>(exact);
 }
 
@@ -549,13 +681,14 @@ class Call {
  public:
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
+  virtual ~Call() = default;
 
   void wait() const noexcept { answered_.wait(); }
 
   /// Waits for the answer until `deadline`, of whatever clock. False if it did not come.
   template <class Clock, class Duration>
   bool wait_until(const std::chrono::time_point<Clock, Duration>& deadline) const {
-    while (deadline != deadline.max()) {
+    while (deadline != (deadline.max)()) {
       const std::chrono::nanoseconds left = time_left(deadline);
       if (answered_.wait_for(left) == std::future_status::ready) return true;
       if (left == std::chrono::nanoseconds::zero()) return false;
@@ -576,6 +709,10 @@ class Call {
     if (!answered()) answer_.set_value();
   }
 
+  /// Leaves a submitted call to itself. Its handle keeps it, as other threads may be asking the handle.
+  void detach() noexcept { detached_.store(true, std::memory_order_relaxed); }
+  bool detached() const noexcept { return detached_.load(std::memory_order_relaxed); }
+
   bool answered() const noexcept {
     return answered_.wait_for(std::chrono::nanoseconds::zero()) == std::future_status::ready;
   }
@@ -586,8 +723,8 @@ class Call {
     const int asked = asked_.load();
     // A task that was destroyed with its coroutine suspended was neither cancelled nor failed.
     const bool ended = cause_ || stage_ == Stage::queued;
-    if (asked != 0 && ended && !stopped_) return {static_cast<BridgeError::Kind>(asked), cause_};
-    if (cause_ && !stopped_) return {BridgeError::ResponseLost, cause_, literal("the task threw")};
+    if (asked != 0 && ended && !cut_off_) return {static_cast<BridgeError::Kind>(asked), cause_};
+    if (cause_ && !cut_off_) return {BridgeError::ResponseLost, cause_, literal("the task threw")};
     if (stage_ == Stage::starting) {
       return {BridgeError::ResponseLost, std::make_exception_ptr(std::bad_alloc()), literal("the task did not start")};
     }
@@ -599,13 +736,13 @@ class Call {
   enum class Stage { queued, starting, running };
 
   Call() = default;
-  ~Call() = default;
 
   Stage stage_ = Stage::queued;
   std::exception_ptr cause_;
   Running* running_ = nullptr;  // the worker's own: what cancels the task while it runs
-  bool stopped_ = false;        // it was cancelled because the worker was stopped
+  bool cut_off_ = false;        // the worker was stopped under the task
   bool abandoned_ = false;      // the worker had been stopped when it ended
+  OperationMemory start_memory_;
 
  private:
   friend class Core;
@@ -639,7 +776,7 @@ class Call {
   std::atomic<int> tickets_{1};
   std::atomic<int> asked_{0};           // the BridgeError::Kind that cancellation was asked for with
   std::atomic<Core*> waiter_{nullptr};  // the bridge whose worker waits for this call; its own bridge once it is over
-  OperationMemory start_memory_;
+  std::atomic<bool> detached_{false};   // from its handle
   OperationMemory cancel_memory_;
 };
 
@@ -663,7 +800,8 @@ class Ticket {
 /// after the call is over.
 struct Running {
   asio::cancellation_signal signal;
-  Call* call = nullptr;  // null unless the task runs
+  Call* call = nullptr;          // null unless the task runs
+  std::optional<Ticket> ticket;  // of a task that was destroyed: what is left of it in the signal must go first
   std::list<Running>* home = nullptr;
 };
 
@@ -692,7 +830,32 @@ class Core : public std::enable_shared_from_this<Core> {
 
   asio::io_context::executor_type get_executor() noexcept { return context_.get_executor(); }
   std::size_t in_flight() const noexcept { return gate_.in_flight(); }
-  bool forked() const noexcept { return forks_ != Forks::seen.load(std::memory_order_relaxed); }
+  bool forked() const noexcept { return forks_ != seen_forks_.load(std::memory_order_relaxed); }
+
+  /// Whether this thread is the worker. By its id, as a plugin does not see the thread_locals of the module that made
+  /// the bridge.
+  bool on_worker() const noexcept { return worker_.load(std::memory_order_relaxed) == std::this_thread::get_id(); }
+
+  /// Whether operations were destroyed under the tasks. What a task says after that is worth nothing: reads and writes
+  /// on services that are shut down succeed, with no bytes.
+  bool has_destroyed() const noexcept { return emission_ == Emission::mark; }
+
+  /// What a task's cancellation lets in, where it is remembered and makes every later `co_await` throw, and what it
+  /// passes on to the operation that is waited for. Both are Asio's defaults until the worker is stopped.
+  struct Remembers {
+    const Core* core;
+    asio::cancellation_type operator()(asio::cancellation_type type) const noexcept {
+      return core->emission_ == Emission::abort ? asio::cancellation_type::none
+                                                : type & asio::cancellation_type::terminal;
+    }
+  };
+  struct PassesOn {
+    const Core* core;
+    asio::cancellation_type operator()(asio::cancellation_type remembered) const noexcept {
+      if (core->emission_ == Emission::abort) return asio::cancellation_type::terminal;
+      return core->emission_ == Emission::mark ? asio::cancellation_type::none : remembered;
+    }
+  };
 
   /// Keeps an owner for ever, where a leak checker finds it. For the child of a fork, where nothing in here can be
   /// destroyed without the worker, and for a worker that outlives the bridge.
@@ -742,14 +905,18 @@ class Core : public std::enable_shared_from_this<Core> {
     Gate& gate_;
   };
 
+  std::shared_ptr<const char> name_ring(const Core& first) const;
   void end_call(Call& call) noexcept;
   void cancel_calls() noexcept;
   void stop() noexcept;
   template <class Condition>
   void emit_to_all(Condition condition) noexcept;
   void run() noexcept;
-  void abandon_calls() noexcept;
+  void end_calls() noexcept;
   void settle() noexcept;
+  std::size_t poll_one() noexcept;
+  void run_what_is_ready() noexcept;
+  void forget_worker() noexcept;
   void linger();
   void keep_awake() noexcept;
   bool yield() noexcept;
@@ -788,23 +955,42 @@ class Core : public std::enable_shared_from_this<Core> {
     }
   }
 
-  static inline thread_local Core* current_ = nullptr;  // the bridge whose worker this thread is
-  static inline std::atomic<Core*> left_{nullptr};      // a list
+  /// What emitting does: it cancels; or, when the worker is stopped, it first aborts what the task waits for, and last
+  /// lets the task know of it, but not what it waits for.
+  enum class Emission { cancel, abort, mark };
 
-  // A coroutine that never waits is never parked, and its handlers keep the queue from running empty. After so many in
-  // a row it is taken for such a one.
-  static constexpr int patience = 10'000;
+  static Core*& current() noexcept {
+    static thread_local constinit Core* core = nullptr;
+    return core;
+  }
+  static std::thread make_worker(std::shared_ptr<Core> core) {
+    core->context_.open_reactor();
+    const SignalsBlocked blocked;
+    return std::thread([self = std::move(core)] { self->run(); });
+  }
+
+  static inline std::atomic<Core*> left_{nullptr};  // a list
+  static inline std::atomic<unsigned> made_{0};
 
   const Options options_;
+  const unsigned number_ = ++made_;  // tells it from others of the same name
+
+  // Of the module that made the bridge: others may have been loaded later, and may be gone earlier.
+  const std::atomic<unsigned>& seen_forks_ = Forks::seen;
+  std::mutex& ring_mutex_ = Forks::ring_mutex;
+  Core*& (*const current_)() noexcept = current;  // the bridge whose worker this thread is, if that module made it
+  std::thread (*const make_worker_)(std::shared_ptr<Core>) = make_worker;
+
   const unsigned forks_ = Forks::count();
   const bool one_core_ = std::thread::hardware_concurrency() == 1;
   Gate gate_;
   std::atomic<bool> started_{false};
+  std::atomic<std::thread::id> worker_{};
   std::atomic<bool> cancel_asked_{false};
   OperationMemory cancel_memory_;
   Experience spins_;
-  std::atomic<int> spinners_{0};                             // callers that spin; a hint
-  std::atomic<SteadyTime> yields_again_{SteadyTime::min()};  // until then nobody does
+  std::atomic<int> spinners_{0};                               // callers that spin; a hint
+  std::atomic<SteadyTime> yields_again_{(SteadyTime::min)()};  // until then nobody does
 
   // The worker's own.
   Experience lingers_;
@@ -814,17 +1000,19 @@ class Core : public std::enable_shared_from_this<Core> {
   bool called_ = false;      // since it has begun to linger
   bool stopped_ = false;     // what is queued still is not to be started any more
   bool cancelling_ = false;  // nor this, because its call is cancelled
+  Emission emission_ = Emission::cancel;
+  std::size_t destroyed_ = 0;  // tasks
   std::list<Running> running_;
   std::list<Running> to_cancel_;
   std::list<Running> spare_;
 
   Context context_;  // below what its handlers use when they are destroyed with it
-  std::optional<asio::executor_work_guard<asio::io_context::executor_type>> work_{context_.get_executor()};
+  std::optional<asio::executor_work_guard<asio::io_context::executor_type> > work_{context_.get_executor()};
 
   std::shared_ptr<Core> left_owner_;
   Core* left_before_ = nullptr;
 
-  // Guarded by Forks::ring_mutex.
+  // Guarded by `ring_mutex_`.
   Core* waits_for_ = nullptr;
   const Call* waits_for_call_ = nullptr;
 
@@ -849,7 +1037,14 @@ inline Finished::Finished(Core& core) : core_(&core) {
 
 inline Finished::~Finished() {
   if (!core_) return;
-  running_->call = nullptr;
+  std::optional<Ticket> ticket;
+  if (running_->ticket) {
+    // A destroyed operation has left its handler in the slot, with whatever that captured.
+    running_->signal.slot().clear();
+    ticket.emplace(*std::move(running_->ticket));
+    running_->ticket.reset();
+    ++core_->destroyed_;
+  }
   core_->spare_.splice(core_->spare_.end(), *running_->home, running_);
 }
 
@@ -859,8 +1054,7 @@ inline void Core::start() {
   const std::lock_guard lock(mutex_);
   // `shut_down` closes the gate before it takes the lock: a worker that is made here is one that it will see.
   if (started_.load(std::memory_order_relaxed) || gate_.closed_to_calls()) return;
-  context_.open_reactor();
-  thread_ = std::thread([self = shared_from_this()] { self->run(); });
+  thread_ = make_worker_(shared_from_this());
   ended_ = joined_ = false;
   started_.store(true, std::memory_order_release);
 }
@@ -943,12 +1137,13 @@ void Core::emit_to_all(Condition condition) noexcept {
 
 inline void Core::end_call(Call& call) noexcept {
   call.release_task();
-  call.abandoned_ = current_ == this && stopped_;
+  const bool by_worker = on_worker();
+  call.abandoned_ = by_worker && stopped_;
   // Exactly here a waiting worker is free again: a note that stood any longer would be a false alarm.
   Core* none = nullptr;
   if (!call.waiter_.compare_exchange_strong(none, this)) {
     // Whoever gives up waiting takes the same lock, so the waiter found here is alive.
-    const std::lock_guard lock(Forks::ring_mutex);
+    const std::lock_guard lock(ring_mutex_);
     Core* waiter = call.waiter_.exchange(this);
     if (waiter && waiter->waits_for_call_ == &call) {
       waiter->waits_for_ = nullptr;
@@ -957,10 +1152,10 @@ inline void Core::end_call(Call& call) noexcept {
   }
   // Nothing of the call may be touched once the caller wakes, so take along what answers it.
   std::promise<void> answer = std::move(call.answer_);
-  std::shared_ptr<Call>(std::move(call.self_)).reset();
+  std::exchange(call.self_, nullptr).reset();
   if (gate_.end_call()) context_.stop();
   // A ticket that never got to the worker is dropped by the caller's thread.
-  const bool stay_awake = current_ == this && !stopped_ && spinners_.load(std::memory_order_relaxed) != 0;
+  const bool stay_awake = by_worker && !stopped_ && spinners_.load(std::memory_order_relaxed) != 0;
   answer.set_value();
   if (stay_awake) keep_awake();
 }
@@ -1028,17 +1223,13 @@ inline bool Core::spin(const Call& call) noexcept {
 }
 
 inline bool Core::begin_wait(Call* call, std::shared_ptr<const char>* ring) {
-  Core* const waiter = current_;
+  Core* const waiter = on_worker() ? this : current_();
   if (!waiter) return true;
-  const std::lock_guard lock(Forks::ring_mutex);
+  const std::lock_guard lock(ring_mutex_);
   Core* last = this;
   while (last != waiter && last->waits_for_) last = last->waits_for_;
   if (last == waiter) {
-    if (!ring) return false;
-    auto text = std::make_shared<std::string>("the call would wait for itself: " + waiter->options_.thread_name);
-    for (const Core* c = this; c != waiter; c = c->waits_for_) *text += " -> " + c->options_.thread_name;
-    *text += " -> " + waiter->options_.thread_name;
-    *ring = {text, text->c_str()};
+    if (ring) *ring = waiter->name_ring(*this);
     return false;
   }
   Core* none = nullptr;
@@ -1048,17 +1239,34 @@ inline bool Core::begin_wait(Call* call, std::shared_ptr<const char>* ring) {
   return true;
 }
 
+/// The ring that a wait of this bridge's worker for `first` would close. The lock is held.
+inline std::shared_ptr<const char> Core::name_ring(const Core& first) const {
+  const auto name = [&](const Core& core) {
+    const auto is_namesake = [&](const Core& other) {
+      return &other != &core && other.options_.thread_name == core.options_.thread_name;
+    };
+    bool ambiguous = is_namesake(*this);
+    for (const Core* c = &first; c != this; c = c->waits_for_) ambiguous = ambiguous || is_namesake(*c);
+    return core.options_.thread_name + (ambiguous ? "#" + std::to_string(core.number_) : "");
+  };
+  auto text = std::make_shared<std::string>("the call would wait for itself: " + name(*this));
+  for (const Core* c = &first; c != this; c = c->waits_for_) *text += " -> " + name(*c);
+  *text += " -> " + name(*this);
+  return {text, text->c_str()};
+}
+
 inline void Core::end_wait(Call* call) noexcept {
-  Core* waiter = current_;
+  Core* waiter = current_();
   if (!waiter) return;
-  const std::lock_guard lock(Forks::ring_mutex);
+  const std::lock_guard lock(ring_mutex_);
   waiter->waits_for_ = nullptr;
   waiter->waits_for_call_ = nullptr;
   if (call) call->waiter_.compare_exchange_strong(waiter, nullptr);
 }
 
 inline void Core::run() noexcept {
-  current_ = this;
+  worker_.store(std::this_thread::get_id(), std::memory_order_relaxed);
+  current_() = this;
 #ifdef __linux__
   pthread_setname_np(pthread_self(), options_.thread_name.substr(0, 15).c_str());
 #endif
@@ -1068,7 +1276,7 @@ inline void Core::run() noexcept {
   gate_.close();
   stopped_ = true;
   const bool abandoned = gate_.in_flight() != 0;
-  abandon_calls();
+  end_calls();
   settle();
 
   const std::lock_guard lock(mutex_);
@@ -1076,54 +1284,79 @@ inline void Core::run() noexcept {
   abandoned_ = abandoned;
   changed_.notify_all();
   // A thread that was detached may outlive this object, and the destructors of its thread_locals may make calls.
-  if (joined_) current_ = nullptr;
+  if (joined_) forget_worker();
 }
 
-/// Ends the calls in flight: destroys those that wait on this context, and waits for those that wait on something
-/// foreign. A foreign completion comes back to this context, which must not die before.
-inline void Core::abandon_calls() noexcept {
+/// The thread that was the worker is not any more.
+inline void Core::forget_worker() noexcept {
+  worker_.store({}, std::memory_order_relaxed);
+  if (current_() == this) current_() = nullptr;
+}
+
+/// Ends the calls in flight. Tasks are cancelled while all that they wait for is alive, and destroyed only if that has
+/// not ended them: a cancellation must not reach what was destroyed.
+inline void Core::end_calls() noexcept {
+  const auto emit_to_tasks = [&](Emission emission) {
+    emission_ = emission;
+    emit_to_all([](Call& call) { return call.cut_off_ = true; });
+  };
+  // More than once, for what was ready to go on may wait only now, and a task may try again. It is not told that it was
+  // cancelled, for then a loop that swallows every exception would go on for ever, without waiting.
+  for (int round = 0; round < 3 && gate_.in_flight() != 0; ++round) {
+    emit_to_tasks(Emission::abort);
+    run_what_is_ready();
+  }
   if (gate_.in_flight() == 0) return;
-  // What is ready takes one step, so that it parks while the services still work, and is destroyed like the rest.
-  OperationMemory memory;
-  bool all_have_stepped = false;
-  post_in(memory, [&] { all_have_stepped = true; });
-  while (!all_have_stepped) {
+
+  // What waits on this context is destroyed now. What comes back from elsewhere is to end at its next co_await.
+  emit_to_tasks(Emission::mark);
+  context_.destroy_parked();
+  run_what_is_ready();
+  if (gate_.in_flight() == 0) return;
+  destroyed_ = 0;  // something foreign is about, and that counts more than to be quick
+
+  // What waits elsewhere comes back to this context, which must not die before.
+  while (gate_.in_flight() != 0) {
+    if (poll_one() != 0) continue;
+    context_.destroy_parked();
+    if (poll_one() != 0 || gate_.in_flight() == 0) continue;
     context_.restart();
     survive([&] { return context_.run_one(); });
   }
+}
 
-  survive([&] { return context_.destroy_parked(), 0; });
-  // What is left comes back from elsewhere, has just become ready or goes in circles. Let it end at its next co_await,
-  // for on services that are shut down operations seem to succeed.
-  emit_to_all([](Call& call) { return call.stopped_ = true; });
-  for (int handlers = 0; gate_.in_flight() != 0;) {
-    context_.restart();
-    const bool idle = survive([&] { return context_.poll_one(); }) == 0;
-    survive([&] { return context_.destroy_parked(), 0; });
-    if (gate_.in_flight() == 0 || (!idle && ++handlers < patience)) continue;
-    handlers = 0;
-    if (idle) {
-      survive([&] { return context_.run_one(); });
-    } else {
-      // It ignores cancellation, and never waits.
-      survive([&] { return context_.destroy_all(), 0; });
-    }
+/// Runs a handler, if one is ready, even if somebody has stopped the context again.
+inline std::size_t Core::poll_one() noexcept {
+  context_.restart();
+  return survive([&] { return context_.poll_one(); });
+}
+
+/// Runs handlers until none is ready. A coroutine that never waits always has one, so it stops at some time.
+inline void Core::run_what_is_ready() noexcept {
+  for (int rounds = 0; rounds < 1'000; ++rounds) {
+    // The queue is served in order: when this has passed, each handler that was queued has run.
+    OperationMemory memory;
+    bool passed = false;
+    post_in(memory, [&] { passed = true; });
+    int handlers = 0;
+    for (; !passed; ++handlers) poll_one();
+    if (handlers == 1) return;
   }
 }
 
-/// Destroys what raw users of the executor have left behind.
+/// Waits for foreign threads, and destroys what raw users of the executor have left behind.
 inline void Core::settle() noexcept {
   // A foreign thread that has just handed a task back still holds the context for some instructions, and may be
   // preempted there. If nothing else does, this returns as soon as it lets go; but Asio cannot tell it from operations
   // that were destroyed or left behind, so with such give it time.
-  work_.reset();
-  const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
   context_.restart();
+  work_.reset();
+  context_.forget_operations(destroyed_);
+  const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
   survive([&] { return context_.run_until(end); });
 
-  survive([&] { return context_.destroy_parked(), 0; });
-  context_.restart();
-  for (int handlers = 0; handlers < patience && survive([&] { return context_.poll_one(); }) != 0;) ++handlers;
+  context_.destroy_parked();
+  run_what_is_ready();
 }
 
 inline bool Core::shut_down(Shutdown how, SteadyTime deadline, bool last) noexcept {
@@ -1139,8 +1372,8 @@ inline bool Core::shut_down(Shutdown how, SteadyTime deadline, bool last) noexce
       thread_.detach();
       joined_ = true;
       // After its loop a worker still destroys its thread_locals, which may make calls: they must not find the bridge.
-      if (ended_ && current_ == this) {
-        current_ = nullptr;
+      if (ended_ && on_worker()) {
+        forget_worker();
       } else if (ended_) {
         leave(shared_from_this());  // one of them makes a call just now
       }
@@ -1162,6 +1395,7 @@ inline bool Core::shut_down(Shutdown how, SteadyTime deadline, bool last) noexce
     lock.unlock();
     thread.join();
     lock.lock();
+    forget_worker();  // its id may be another thread's from now on
     joined_ = true;
     changed_.notify_all();
   } else {
@@ -1202,7 +1436,7 @@ class ResultCall : public Call {
 /// A call of one kind of Task, which is borrowed from the caller (`Held` is a pointer) or the call's own (`Held` is a
 /// `std::optional`).
 template <class Task, class Held>
-class TaskCall final : public ResultCall<TaskValue<Task>> {
+class TaskCall final : public ResultCall<TaskValue<Task> > {
   using Traits = TaskTraits<Task>;
 
  public:
@@ -1251,42 +1485,102 @@ class TaskCall final : public ResultCall<TaskValue<Task>> {
     if constexpr (!std::is_pointer_v<Held>) held_.reset();
   }
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wzero-as-null-pointer-constant"  // g++ 12 means its own code in a coroutine
+#endif
+
   /// While it lives the task can be cancelled; with it, the task dies.
   class Cancellable {
    public:
-    Cancellable(TaskCall& call, Running& running) noexcept : call_(call) {
+    Cancellable(Ticket ticket, TaskCall& call, Running& running) noexcept
+        : call_(call), running_(running), ticket_(std::move(ticket)) {
       call.running_ = &running;
       running.call = &call;
     }
     Cancellable(const Cancellable&) = delete;
     Cancellable& operator=(const Cancellable&) = delete;
     ~Cancellable() {
-      call_.running_->call = nullptr;
+      running_.call = nullptr;
       call_.running_ = nullptr;
       call_.release_task();
+      if (!ended_) running_.ticket.emplace(std::move(ticket_));
     }
+
+    void end() noexcept { ended_ = true; }
 
    private:
     TaskCall& call_;
+    Running& running_;
+    bool ended_ = false;  // the task was not destroyed
+    Ticket ticket_;
   };
 
-  /// Runs the task, and outlives it: a coroutine's parameters are destroyed after its locals, so when `ticket` answers
-  /// the caller, the task's own frame is gone.
-  static asio::awaitable<void, typename Traits::Executor> drive([[maybe_unused]] Ticket ticket, TaskCall& self,
-                                                                Running& running) {
-    self.stage_ = Call::Stage::running;
-    const Cancellable cancellable(self, running);
+  /// Runs an awaitable as `co_await` does, but leaves its frame and its result where they are: it may come back on
+  /// another thread.
+  struct Enter {
+    using Executor = typename Traits::Executor;
+
+    asio::detail::awaitable_thread<Executor>* operator()(asio::detail::awaitable_frame_base<Executor>* base) const {
+      using Frame = asio::detail::awaitable_frame<void, Executor>;
+      awaitable.await_suspend(asio::detail::coroutine_handle<Frame>::from_promise(static_cast<Frame&>(*base)));
+      return nullptr;
+    }
+
+    std::remove_cvref_t<typename Traits::Begun>& awaitable;
+  };
+
+  /// Runs the task, and outlives it: the first local is destroyed last, so when its ticket answers the caller, the
+  /// task's own frame is gone.
+  static asio::awaitable<void, typename Traits::Executor> drive(Ticket ticket, TaskCall& self, Running& running) {
+    Core& core = ticket.core();
+    Cancellable cancellable(std::move(ticket), self, running);
     try {
-      // A named local: g++ 12 destroys some temporaries of a co_await expression twice.
+      co_await asio::this_coro::reset_cancellation_state(Core::Remembers{&core}, Core::PassesOn{&core});
+      self.stage_ = Call::Stage::running;
       auto awaitable = begin<Task>(*self.held_);
-      if constexpr (std::is_void_v<typename Traits::Value>) {
-        co_await std::move(awaitable);
-        self.value_.emplace();
-      } else {
-        self.value_.emplace(co_await std::move(awaitable));
+      const Enter enter{awaitable};
+      co_await enter;
+      // A task that went on elsewhere is brought back. Whether it is cancelled meanwhile is the worker's to know, so
+      // that is not looked at here.
+      while (!core.on_worker()) {
+        co_await asio::this_coro::throw_if_cancelled(false);
+        try {
+          const auto post = self.post_back(core);
+          const asio::use_awaitable_t<typename Traits::Executor> token;
+          co_await asio::async_initiate<decltype(token), void()>(post, token);
+        } catch (const std::bad_alloc&) {
+          std::this_thread::yield();
+        }
       }
+      if (!core.has_destroyed()) self.take(awaitable);
     } catch (...) {
       self.cause_ = std::current_exception();
+    }
+    // Nothing of the task stays in the signal: not the handler of its last operation, nor its filters.
+    co_await asio::this_coro::reset_cancellation_state();
+    cancellable.end();
+  }
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+  auto post_back(Core& core) noexcept {
+    return [&core, memory = OperationAllocator<void>(this->start_memory_)](auto handler) {
+      // The worker may go on at once, and end, while this thread is still inside asio::post.
+      const auto work = asio::make_work_guard(core.get_executor());
+      asio::post(work.get_executor(), asio::bind_allocator(memory, std::move(handler)));
+    };
+  }
+
+  template <class Awaitable>
+  void take(Awaitable& awaitable) {
+    if constexpr (std::is_void_v<typename Traits::Value>) {
+      awaitable.await_resume();
+      this->value_.emplace();
+    } else {
+      this->value_.emplace(awaitable.await_resume());
     }
   }
 
@@ -1295,12 +1589,12 @@ class TaskCall final : public ResultCall<TaskValue<Task>> {
 
 /// A call whose caller waits for it: it borrows a callable, and takes an awaitable.
 template <class Task>
-using WaitedCall = TaskCall<Task, std::conditional_t<is_awaitable<Task>, std::optional<std::remove_reference_t<Task>>,
-                                                     std::remove_reference_t<Task>*>>;
+using WaitedCall = TaskCall<Task, std::conditional_t<is_awaitable<Task>, std::optional<std::remove_reference_t<Task> >,
+                                                     std::remove_reference_t<Task>*> >;
 
 /// A call that owns its task.
 template <class Task>
-using SubmittedCall = TaskCall<std::decay_t<Task>, std::optional<std::decay_t<Task>>>;
+using SubmittedCall = TaskCall<std::decay_t<Task>, std::optional<std::decay_t<Task> > >;
 
 }  // namespace detail
 
@@ -1359,16 +1653,20 @@ class RuntimeBridge {
     return *this;
   }
 
-  /// Stops the worker now and joins it. Suspended tasks are destroyed on the worker, and their callers get
-  /// `ResponseLost`; a task that is ready to go on does so until it waits. A task that waits for something foreign
-  /// (another context, a pool, a look-up of a name) is cancelled and waited for. Takes a fifth of a second if anything
-  /// was suspended on the context: a foreign thread may still be at it.
+  /// Stops the worker now and joins it. First the tasks in flight are cancelled, while all that they wait for is alive;
+  /// one that ends with a value has it. Then those that ignore it are destroyed on the worker where they wait, and
+  /// their callers get `ResponseLost`. A task that waits for something foreign (another context, a pool, a look-up of a
+  /// name) is waited for, and so is one that ignores cancellation and never waits.
+  ///
+  /// With tasks that heed cancellation this is over at once. It takes up to a fifth of a second if something was
+  /// destroyed while something foreign was about, or if raw users of the executor have left operations or work behind:
+  /// a foreign thread may still be at it.
   ~RuntimeBridge() {
     if (!core_) return;
     if (core_->forked()) {
       detail::Core::leave(std::move(core_));
     } else {
-      core_->shut_down(Shutdown::drain, detail::SteadyTime::min(), true);
+      core_->shut_down(Shutdown::drain, (detail::SteadyTime::min)(), true);
     }
   }
 
@@ -1413,38 +1711,50 @@ class RuntimeBridge {
   /// Not for coroutines, which can `co_await`; not for work that only computes and so holds up all other calls; not for
   /// a task that waits for something that only the blocked caller could do.
   template <class Task>
-  Result<detail::TaskValue<Task>> block_on(Task&& task, std::stop_token stop = {}) const {
-    return block_on_until(std::forward<Task>(task), detail::SteadyTime::max(), std::move(stop));
+  [[nodiscard]] Result<detail::TaskValue<Task> > block_on(Task&& task, std::stop_token stop = {}) const {
+    return block_on_until(std::forward<Task>(task), (detail::SteadyTime::max)(), std::move(stop));
   }
 
   /// `block_on` with a deadline: this long from now. Durations too long for the clock mean no deadline; with zero or
   /// less the task is not started.
   template <class Task, class Rep, class Period>
-  Result<detail::TaskValue<Task>> block_on_for(Task&& task, std::chrono::duration<Rep, Period> timeout,
-                                               std::stop_token stop = {}) const {
+  [[nodiscard]] Result<detail::TaskValue<Task> > block_on_for(Task&& task, std::chrono::duration<Rep, Period> timeout,
+                                                              std::stop_token stop = {}) const {
     return block_on_until(std::forward<Task>(task), detail::time_after(timeout), std::move(stop));
   }
 
   /// `block_on` with a deadline, by any clock. If it has passed already the task is not started. A clock that is not
-  /// steady and is set forward meanwhile may be noticed a second late.
+  /// steady and is set forward meanwhile may be noticed a second late. What the clock throws is thrown here, after the
+  /// task was cancelled and is over.
   template <class Task, class Clock, class Duration>
-  Result<detail::TaskValue<Task>> block_on_until(Task&& task, std::chrono::time_point<Clock, Duration> deadline,
-                                                 std::stop_token stop = {}) const {
-    const std::shared_ptr<detail::Core> core = core_;
-    detail::WaitedCall<Task> call(std::in_place, std::forward<Task>(task));
-    if (!core) return detail::refuse(BridgeError::WorkerDead, "the bridge was moved from");
-    if (stop.stop_requested()) return detail::refuse(BridgeError::Cancelled, "a stop was requested before the call");
-    if (detail::time_left(deadline) == std::chrono::nanoseconds::zero()) {
-      return detail::refuse(BridgeError::TimedOut, "the deadline had passed before the call");
-    }
-    if (auto refusal = core->post(call, true)) return detail::unexpected<BridgeError>(std::move(*refusal));
+  [[nodiscard]] Result<detail::TaskValue<Task> > block_on_until(Task&& task,
+                                                                std::chrono::time_point<Clock, Duration> deadline,
+                                                                std::stop_token stop = {}) const {
+    if constexpr (!detail::is_task<Task>) {
+      return detail::refuse(BridgeError::WorkerDead, "not a Task");
+    } else {
+      const std::shared_ptr<detail::Core> core = core_;
+      detail::WaitedCall<Task> call(std::in_place, std::forward<Task>(task));
+      if (!core) return detail::refuse(BridgeError::WorkerDead, "the bridge was moved from");
+      if (stop.stop_requested()) return detail::refuse(BridgeError::Cancelled, "a stop was requested before the call");
+      if (detail::time_left(deadline) == std::chrono::nanoseconds::zero()) {
+        return detail::refuse(BridgeError::TimedOut, "the deadline had passed before the call");
+      }
+      if (auto refusal = core->post(call, true)) return detail::unexpected<BridgeError>(std::move(*refusal));
 
-    const std::stop_callback on_stop(stop, [&]() noexcept { core->cancel(call, BridgeError::Cancelled); });
-    if (!core->spin(call) && !call.wait_until(deadline)) {
-      core->cancel(call, BridgeError::TimedOut);
-      call.wait();
+      const std::stop_callback on_stop(stop, [&]() noexcept { core->cancel(call, BridgeError::Cancelled); });
+      try {
+        if (!core->spin(call) && !call.wait_until(deadline)) {
+          core->cancel(call, BridgeError::TimedOut);
+          call.wait();
+        }
+      } catch (...) {  // out of the clock
+        core->cancel(call, BridgeError::Cancelled);
+        call.wait();
+        throw;
+      }
+      return call.result();
     }
-    return call.result();
   }
 
   /// Runs a task on the worker without waiting. What it is given must own its data, for it may outlive the caller.
@@ -1452,7 +1762,7 @@ class RuntimeBridge {
   /// The task is as for `block_on`, and so is what `JoinHandle::join` returns. Never waits, so it may be called on the
   /// worker itself. Throws `std::bad_alloc` like `block_on`.
   template <class Task>
-  JoinHandle<detail::TaskValue<Task>> submit(Task&& task) const;
+  JoinHandle<detail::TaskValue<Task> > submit(Task&& task) const;
 
   /// Admits no more calls, waits for those in flight, and ends the worker. Later calls are `WorkerDead`.
   ///
@@ -1465,7 +1775,7 @@ class RuntimeBridge {
   /// the last call in flight is over, at once if there is none or `limit` is zero, and the result tells whether there
   /// is none.
   template <class Rep = std::chrono::hours::rep, class Period = std::chrono::hours::period>
-  bool shutdown(Shutdown how, std::chrono::duration<Rep, Period> limit = std::chrono::hours::max()) const noexcept {
+  bool shutdown(Shutdown how, std::chrono::duration<Rep, Period> limit = (std::chrono::hours::max)()) const noexcept {
     const std::shared_ptr<detail::Core> core = core_;
     return !core || core->forked() || core->shut_down(how, detail::time_after(limit), false);
   }
@@ -1495,16 +1805,16 @@ class [[nodiscard]] JoinHandle {
   ~JoinHandle() {
     if (!joinable()) return;
     request_stop();
-    (void)wait_until(detail::SteadyTime::max());
+    (void)wait_until((detail::SteadyTime::max)());
   }
 
   /// Whether there is a task to be joined.
-  [[nodiscard]] bool joinable() const noexcept { return call_ && !joined_; }
+  [[nodiscard]] bool joinable() const noexcept { return call_ && !joined_ && !call_->detached(); }
 
   /// Waits until the task is over, and gives what `block_on` would. Once: the handle has no task any more, unless the
   /// result is `WouldDeadlock`, or `WorkerDead` in a forked child. Throws `std::system_error`
   /// (`std::errc::invalid_argument`) if it had none.
-  Result<T> join() {
+  [[nodiscard]] Result<T> join() {
     if (!joinable()) {
       throw std::system_error(std::make_error_code(std::errc::invalid_argument), "runtime_bridge: join without a task");
     }
@@ -1527,20 +1837,24 @@ class [[nodiscard]] JoinHandle {
   }
 
   /// Whether the task is over, or there is none (as in a forked child).
-  [[nodiscard]] bool done() const noexcept { return !call_ || call_->answered() || core_->forked(); }
+  [[nodiscard]] bool done() const noexcept {
+    return !call_ || call_->detached() || call_->answered() || core_->forked();
+  }
 
   /// Asks for the cancellation of the task, as a stop does for `block_on`. Does not wait.
   void request_stop() noexcept {
-    if (call_ && core_) core_->cancel(*call_, BridgeError::Cancelled);
+    if (call_ && core_ && !call_->detached()) core_->cancel(*call_, BridgeError::Cancelled);
   }
 
-  /// Leaves the task to itself. It goes on, and nobody learns what it comes to.
-  void detach() noexcept { call_.reset(); }
+  /// Lets the task run on. Its result is discarded.
+  void detach() noexcept {
+    if (call_) call_->detach();
+  }
 
  private:
   friend class RuntimeBridge;
 
-  JoinHandle(std::shared_ptr<detail::Core> core, std::shared_ptr<detail::ResultCall<T>> call) noexcept
+  JoinHandle(std::shared_ptr<detail::Core> core, std::shared_ptr<detail::ResultCall<T> > call) noexcept
       : core_(std::move(core)), call_(std::move(call)) {}
 
   bool wait_until(detail::SteadyTime deadline) const {
@@ -1552,27 +1866,34 @@ class [[nodiscard]] JoinHandle {
   }
 
   std::shared_ptr<detail::Core> core_;
-  std::shared_ptr<detail::ResultCall<T>> call_;
+  std::shared_ptr<detail::ResultCall<T> > call_;
   bool joined_ = false;  // `call_` stays, for other threads may be asking it to stop
 };
 
 template <class Task>
-JoinHandle<detail::TaskValue<Task>> RuntimeBridge::submit(Task&& task) const {
-  const std::shared_ptr<detail::Core> core = core_;
-  auto call = std::make_shared<detail::SubmittedCall<Task>>(std::in_place, std::forward<Task>(task));
-  call->keep(call);
-  if (!core) {
-    call->refuse({BridgeError::WorkerDead, nullptr, detail::literal("the bridge was moved from")});
-  } else if (auto refusal = core->post(*call, false)) {
-    call->refuse(std::move(*refusal));
+JoinHandle<detail::TaskValue<Task> > RuntimeBridge::submit(Task&& task) const {
+  if constexpr (!detail::is_task<Task>) {
+    return {};
+  } else {
+    const std::shared_ptr<detail::Core> core = core_;
+    auto call = std::make_shared<detail::SubmittedCall<Task> >(std::in_place, std::forward<Task>(task));
+    call->keep(call);
+    if (!core) {
+      call->refuse({BridgeError::WorkerDead, nullptr, detail::literal("the bridge was moved from")});
+    } else if (auto refusal = core->post(*call, false)) {
+      call->refuse(std::move(*refusal));
+    }
+    return {core, std::move(call)};
   }
-  return {core, std::move(call)};
 }
 
 }  // namespace RUNTIME_BRIDGE_ABI
-}  // namespace runtime_bridge
+}  // namespace gnu::visibility("default")]]runtime_bridge
 
 template <>
 struct std::is_error_code_enum<runtime_bridge::BridgeError::Kind> : std::true_type {};
 
+#endif  // Asio's coroutines
+#endif  // Asio's version
+#endif  // C++20, POSIX, exceptions
 #endif  // RUNTIME_BRIDGE_HPP

@@ -417,7 +417,7 @@ TEST_CASE("allocation: without memory for a bridge its constructor throws, and t
     });
   }
   SECTION("lazy: the first call throws, and the next one tries again") {
-    sweep(8, [](Scene& scene) {
+    sweep(6, [](Scene& scene) {
       std::optional<RuntimeBridge> bridge;
       if (!scene.attempt([&] { bridge.emplace(options(Start::lazy)); })) return;
       scene.call(*bridge, gives(3), [&] { return bridge->block_on([] { return ++tasks_begun, 3; }); });
@@ -651,7 +651,7 @@ TEST_CASE("allocation: destroying the bridge under calls takes none") {
 }
 
 TEST_CASE("allocation: a bridge that is destroyed by its own task") {
-  sweep(10, [](Scene& scene) {
+  sweep(8, [](Scene& scene) {
     const auto last_owner = [] {
       auto bridge = std::make_shared<RuntimeBridge>(options());
       const RuntimeBridge& b = *bridge;

@@ -127,6 +127,13 @@ inline awaitable<void> park() {
   co_await timer.async_wait(use_awaitable);
 }
 
+/// The same, and ignores cancellation.
+inline awaitable<void> park_stubbornly() {
+  co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+  auto parked = park();
+  co_await std::move(parked);
+}
+
 /// Never parks: runs on through the context's queue.
 inline awaitable<void> run_in_circles() {
   for (;;) co_await asio::post(use_awaitable);

@@ -1,0 +1,366 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Stopping now, over every shape of task that people write: by the destructor, at a limit that has passed, and by
+// somebody who stops the context. Run it under ASan: most of what can go wrong is a use after free.
+
+#include <asio/bind_cancellation_slot.hpp>
+#include <asio/bind_executor.hpp>
+#include <asio/ip/icmp.hpp>
+#include <asio/ip/tcp.hpp>
+#include <asio/ip/udp.hpp>
+#include <asio/local/connect_pair.hpp>
+#include <asio/local/stream_protocol.hpp>
+#include <asio/read.hpp>
+#include <asio/signal_set.hpp>
+#include <asio/strand.hpp>
+#include <asio/write.hpp>
+#include <atomic>
+#include <csignal>
+#include <functional>
+#include <latch>
+#include <memory>
+#include <string>
+
+#include "shapes.hpp"
+#include "support.hpp"
+
+using runtime_bridge::Shutdown;
+
+namespace {
+
+/// The ways to stop a bridge now. Each destroys it.
+struct Ending {
+  std::string name;
+  std::function<void(std::unique_ptr<RuntimeBridge>&)> stop;
+};
+
+const std::vector<Ending>& endings() {
+  static const std::vector<Ending> all{
+      {"destructor", [](auto& bridge) { bridge.reset(); }},
+      {"a limit that has passed",
+       [](auto& bridge) {
+         (void)bridge->shutdown(Shutdown::drain, 0s);
+         bridge.reset();
+       }},
+      {"context().stop()",
+       [](auto& bridge) {
+         bridge->get_executor().context().stop();
+         await_state([&] { return bridge->in_flight() == 0; });
+         bridge.reset();
+       }},
+  };
+  return all;
+}
+
+using Time = std::chrono::steady_clock;
+
+/// The quickest of some tries, as the machine may have other things to do.
+template <class Try>
+Time::duration quickest(Try attempt) {
+  auto best = Time::duration::max();
+  for (int i = 0; i < 5; ++i) best = std::min(best, attempt());
+  return best;
+}
+
+#ifdef SANITIZED
+constexpr int slowness = 10;
+#else
+constexpr int slowness = 1;
+#endif
+
+Time::duration time_to_destroy_over(int tasks, const std::function<awaitable<void>()>& task) {
+  auto bridge = std::make_unique<RuntimeBridge>();
+  std::vector<JoinHandle<void>> handles;
+  for (int i = 0; i < tasks; ++i) handles.push_back(bridge->submit(task));
+  await_calls(*bridge, static_cast<std::size_t>(tasks));
+  const auto begin = Time::now();
+  bridge.reset();
+  const auto took = Time::now() - begin;
+  for (auto& handle : handles) REQUIRE(outcome(handle.join()) == response_lost);
+  return took;
+}
+
+}  // namespace
+
+TEST_CASE("hard stop: every shape of task, by every ending") {
+  for (const Shape& shape : shapes()) {
+    for (const Ending& ending : endings()) {
+      INFO(shape.name << ", by " << ending.name);
+      Ground ground;
+      auto bridge = std::make_unique<RuntimeBridge>();
+      const auto token = std::make_shared<int>();
+      std::string result;
+      long alive = -1;
+      std::jthread caller([&, call = bridge.get()] {
+        const auto answer = call->block_on([&, held = token] { return shape.make(ground, held); });
+        alive = ground.alive;
+        result = outcome(answer);
+      });
+      await_calls(*bridge, 1);
+      ground.let_foreign_go();
+      ending.stop(bridge);
+      caller.join();
+      INFO(result);
+      CHECK(shape.explains(result));
+      CHECK(alive == 0);
+      CHECK(token.use_count() == 1);
+    }
+  }
+}
+
+TEST_CASE("hard stop: many shapes at once") {
+  for (const Ending& ending : endings()) {
+    INFO(ending.name);
+    Ground ground;
+    auto bridge = std::make_unique<RuntimeBridge>();
+    std::vector<JoinHandle<void>> tasks;
+    for (int copy = 0; copy < 3; ++copy) {
+      for (const Shape& shape : shapes()) {
+        tasks.push_back(bridge->submit([&] { return shape.make(ground, nullptr); }));
+      }
+    }
+    await_calls(*bridge, tasks.size());
+    ground.let_foreign_go();
+    ending.stop(bridge);
+    for (std::size_t i = 0; i < tasks.size(); ++i) {
+      const Shape& shape = shapes()[i % shapes().size()];
+      INFO(shape.name);
+      CHECK(shape.explains(outcome(tasks[i].join())));
+    }
+    CHECK(ground.alive == 0);
+  }
+}
+
+TEST_CASE("hard stop: takes no fixed time") {
+  CHECK(quickest([] { return time_to_destroy_over(1, park); }) < 10ms * slowness);
+  CHECK(quickest([] { return time_to_destroy_over(1000, park); }) < 100ms * slowness);
+  CHECK(quickest([] { return time_to_destroy_over(1, park_stubbornly); }) < 10ms * slowness);
+  CHECK(quickest([] { return time_to_destroy_over(100, park_stubbornly); }) < 100ms * slowness);
+}
+
+TEST_CASE("hard stop: a shutdown keeps to its limit") {
+  const auto took = quickest([] {
+    RuntimeBridge bridge;
+    auto parked = bridge.submit(park());
+    await_calls(bridge, 1);
+    const auto begin = Time::now();
+    REQUIRE_FALSE(bridge.shutdown(Shutdown::drain, 100ms));
+    return Time::now() - begin;
+  });
+  CHECK(took >= 100ms);
+  CHECK(took < 100ms + 20ms * slowness);
+}
+
+TEST_CASE("hard stop: a task that ends with a value when it is cancelled has it") {
+  for (const Ending& ending : endings()) {
+    INFO(ending.name);
+    auto bridge = std::make_unique<RuntimeBridge>();
+    auto cleans_up = bridge->submit([]() -> awaitable<int> {
+      try {
+        co_await park();
+      } catch (const std::system_error&) {
+      }
+      co_return 8;
+    });
+    await_calls(*bridge, 1);
+    ending.stop(bridge);
+    CHECK(cleans_up.join() == 8);
+  }
+}
+
+TEST_CASE("hard stop: what was queued is released unrun, and on the worker") {
+  auto bridge = std::make_unique<RuntimeBridge>();
+  const auto worker = *bridge->block_on([] { return std::this_thread::get_id(); });
+  struct Noted {
+    explicit Noted(std::thread::id& id) : where(&id) {}
+    Noted(Noted&& other) noexcept : where(std::exchange(other.where, nullptr)) {}
+    ~Noted() {
+      if (where) *where = std::this_thread::get_id();
+    }
+    std::thread::id* where;
+  };
+  std::thread::id released;
+  bool ran = false;
+  std::binary_semaphore busy(0), go_on(0);
+  asio::post(bridge->get_executor(), [&] {
+    busy.release();
+    go_on.acquire();
+  });
+  busy.acquire();
+  auto queued = bridge->submit([&ran, noted = Noted(released)] { ran = true; });
+  bridge->get_executor().context().stop();
+  go_on.release();
+  CHECK(outcome(queued.join()) == response_lost);
+  CHECK_FALSE(ran);
+  CHECK(released == worker);
+}
+
+// I/O on services that are shut down succeeds, with no bytes.
+TEST_CASE("hard stop: a call that was cut off has no value") {
+  for (const Ending& ending : endings()) {
+    INFO(ending.name);
+    Foreign foreign;
+    auto bridge = std::make_unique<RuntimeBridge>();
+    const auto executor = bridge->get_executor();
+    auto task = bridge->submit([&]() -> awaitable<std::size_t> {
+      asio::local::stream_protocol::socket a(executor), b(executor);
+      asio::local::connect_pair(a, b);
+      co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+      auto visit = foreign.visit(1);
+      (void)co_await std::move(visit);
+      co_return co_await asio::async_write(a, asio::buffer("12345678", 8), use_awaitable);
+    });
+    auto parked = bridge->submit(park_stubbornly());
+    await_calls(*bridge, 2);
+    std::jthread stopper([&] { ending.stop(bridge); });
+    CHECK(outcome(parked.join()) == response_lost);  // so it was destroyed
+    foreign.go_on();
+    CHECK(outcome(task.join()) == response_lost);
+  }
+}
+
+namespace {
+
+/// A protocol of the user's own, as for an address family that Asio does not know.
+struct OwnProtocol {
+  using endpoint = asio::ip::basic_endpoint<OwnProtocol>;
+  using socket = asio::basic_stream_socket<OwnProtocol>;
+  using resolver = asio::ip::basic_resolver<OwnProtocol>;
+  static OwnProtocol v4() { return {}; }
+  static OwnProtocol v6() { return {}; }
+  int type() const { return SOCK_STREAM; }
+  int protocol() const { return 0; }
+  int family() const { return AF_INET; }
+  friend bool operator==(const OwnProtocol&, const OwnProtocol&) { return true; }
+  friend bool operator!=(const OwnProtocol&, const OwnProtocol&) { return false; }
+};
+
+/// Looks up a name again and again, whatever comes in between, and ends the worker's loop after the first has begun.
+template <class Protocol>
+awaitable<void> look_up(RuntimeBridge& bridge, int& found) {
+  co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+  typename Protocol::resolver resolver(co_await asio::this_coro::executor);
+  bridge.get_executor().context().stop();
+  for (int i = 0; i < 50; ++i) {
+    const auto results = co_await resolver.async_resolve("127.0.0.1", "", use_awaitable);
+    if (results.begin() != results.end()) ++found;
+  }
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("hard stop: look-ups of names go on, and are waited for", "", asio::ip::tcp, asio::ip::udp,
+                   asio::ip::icmp, OwnProtocol) {
+  RuntimeBridge bridge;
+  int found = 0;
+  auto task = bridge.submit(look_up<TestType>(bridge, found));
+  CHECK(outcome(task.join()) == response_lost);
+  CHECK(found == 50);
+}
+
+TEST_CASE("hard stop: a loop that swallows every exception is destroyed where it waits") {
+  for (const Ending& ending : endings()) {
+    INFO(ending.name);
+    auto bridge = std::make_unique<RuntimeBridge>();
+    auto loop = bridge->submit([]() -> awaitable<void> {
+      asio::steady_timer timer(co_await asio::this_coro::executor);
+      for (;;) {
+        try {
+          timer.expires_after(1h);
+          co_await timer.async_wait(use_awaitable);
+        } catch (...) {
+        }
+      }
+    });
+    await_calls(*bridge, 1);
+    ending.stop(bridge);
+    CHECK(outcome(loop.join()) == response_lost);
+  }
+}
+
+// A deadline on a loop over a thousand keys that logs each failure must end it soon: there cancellation is remembered.
+TEST_CASE("hard stop: only then is cancellation not remembered") {
+  RuntimeBridge bridge;
+  int tried = 0;
+  const auto over_keys = [&]() -> awaitable<void> {
+    asio::steady_timer timer(co_await asio::this_coro::executor);
+    for (int key = 0; key < 1000; ++key) {
+      try {
+        timer.expires_after(1h);
+        ++tried;
+        co_await timer.async_wait(use_awaitable);
+      } catch (const std::exception&) {
+      }
+    }
+  };
+  CHECK(bridge.block_on_for(over_keys, 20ms).has_value());
+  CHECK(tried == 1000);
+}
+
+namespace {
+
+/// Notes that it was destroyed.
+struct Handler {
+  explicit Handler(std::shared_ptr<int> held) : token(std::move(held)) {}
+  void operator()(asio::cancellation_type) const {}
+  std::shared_ptr<int> token;
+};
+
+}  // namespace
+
+TEST_CASE("hard stop: nothing of a call stays behind in its cancellation slot") {
+  const auto token = std::make_shared<int>();
+  const auto leaves_a_handler = [&](bool parks) -> awaitable<void> {
+    auto slot = (co_await asio::this_coro::cancellation_state).slot();
+    slot.assign(Handler(token));
+    asio::steady_timer timer(co_await asio::this_coro::executor, parks ? std::chrono::hours(1) : std::chrono::hours(0));
+    co_await timer.async_wait(asio::bind_cancellation_slot(asio::cancellation_slot(), use_awaitable));
+  };
+  const auto leaves_filters = [&]() -> awaitable<void> {
+    const auto filter = [held = token](asio::cancellation_type type) { return type; };
+    co_await asio::this_coro::reset_cancellation_state(filter, filter);
+  };
+  auto bridge = std::make_unique<RuntimeBridge>();
+  unwrap(bridge->block_on([&] { return leaves_a_handler(false); }));
+  CHECK(token.use_count() == 1);
+  unwrap(bridge->block_on(leaves_filters));
+  CHECK(token.use_count() == 1);
+  long uses = 0;
+  std::jthread caller([&, call = bridge.get()] {
+    (void)call->block_on([&] { return leaves_a_handler(true); });
+    uses = token.use_count();
+  });
+  await_calls(*bridge, 1);
+  bridge.reset();
+  caller.join();
+  CHECK(uses == 1);
+}
+
+TEST_CASE("hard stop: a task parked on a signal, a channel or a socket that ignores cancellation is destroyed") {
+  auto bridge = std::make_unique<RuntimeBridge>();
+  const auto executor = bridge->get_executor();
+  const auto stubborn = [](auto operation) -> awaitable<void> {
+    co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+    co_await operation();
+  };
+  std::optional<asio::signal_set> signals(std::in_place, executor, SIGUSR2);
+  asio::local::stream_protocol::socket a(executor), b(executor);
+  asio::local::connect_pair(a, b);
+  Channel channel(executor);
+  ConcurrentChannel concurrent(executor);
+  char byte = 0;
+  std::vector<JoinHandle<void>> tasks;
+  tasks.push_back(bridge->submit(
+      [&] { return stubborn([&]() -> awaitable<void> { (void)co_await signals->async_wait(use_awaitable); }); }));
+  tasks.push_back(bridge->submit([&] {
+    return stubborn(
+        [&]() -> awaitable<void> { (void)co_await asio::async_read(a, asio::buffer(&byte, 1), use_awaitable); });
+  }));
+  tasks.push_back(bridge->submit(
+      [&] { return stubborn([&]() -> awaitable<void> { (void)co_await channel.async_receive(use_awaitable); }); }));
+  tasks.push_back(bridge->submit(
+      [&] { return stubborn([&]() -> awaitable<void> { (void)co_await concurrent.async_receive(use_awaitable); }); }));
+  await_calls(*bridge, tasks.size());
+  (void)bridge->shutdown(Shutdown::drain, 0s);
+  for (auto& task : tasks) CHECK(outcome(task.join()) == response_lost);
+}
