@@ -281,10 +281,11 @@ requires std::copy_constructible<T>
 inline void unwrap(const Result<void>& result) {
   if (!result.has_value()) detail::throw_error(result.error());
 }
-// clang-format off: a compiler that refuses a call shows this line.
+// A compiler that refuses a call shows the line of the function's name.
+// clang-format off
 template <class T>
-requires(!std::is_void_v<T> && !std::copy_constructible<T>) void unwrap(const Result<T>& result) =
-    delete;  // The value can only be moved: write unwrap(std::move(result)).
+  requires(!std::is_void_v<T> && !std::copy_constructible<T>)
+T unwrap(const Result<T>& result) = delete;  // The value can only be moved: write unwrap(std::move(result)).
 // clang-format on
 
 /// When the worker thread is made.
@@ -398,9 +399,10 @@ consteval Refusal refusal_of() {
 template <class Task>
 inline constexpr bool is_task = refusal_of<Task>() == Refusal::none;
 
-/// What a `Task` is, and the words for everything that is none.
-template <class Task, Refusal refusal = refusal_of<Task>()>
-struct TaskTraits {
+/// Says what is wrong with what is no Task. Where it is called nothing else is wrong with it.
+template <class Task>
+constexpr void assert_task() {
+  constexpr Refusal refusal = refusal_of<Task>();
   static_assert(refusal != Refusal::not_given_up,
                 "runtime_bridge: an awaitable runs once, so give it up: block_on(std::move(task))");
   static_assert(refusal != Refusal::other_asio,
@@ -419,7 +421,10 @@ struct TaskTraits {
                 "runtime_bridge: the callable returns an operation that nobody starts: give block_on the operation, or "
                 "co_await it in a coroutine");
   static_assert(refusal != Refusal::immovable, "runtime_bridge: a task's result must be movable");
+}
 
+template <class Task, Refusal refusal = refusal_of<Task>()>
+struct TaskTraits {
   using Value = void;
 };
 
@@ -1730,6 +1735,7 @@ class RuntimeBridge {
   [[nodiscard]] Result<detail::TaskValue<Task> > block_on_until(Task&& task,
                                                                 std::chrono::time_point<Clock, Duration> deadline,
                                                                 std::stop_token stop = {}) const {
+    detail::assert_task<Task>();
     if constexpr (!detail::is_task<Task>) {
       return detail::refuse(BridgeError::WorkerDead, "not a Task");
     } else {
@@ -1872,7 +1878,12 @@ class [[nodiscard]] JoinHandle {
 
 template <class Task>
 JoinHandle<detail::TaskValue<Task> > RuntimeBridge::submit(Task&& task) const {
-  if constexpr (!detail::is_task<Task>) {
+  constexpr bool can_be_kept = std::constructible_from<std::decay_t<Task>, Task>;
+  detail::assert_task<Task>();
+  static_assert(!detail::is_task<Task> || can_be_kept,
+                "runtime_bridge: submit keeps the task, and this one cannot be copied: give it up: "
+                "submit(std::move(task))");
+  if constexpr (!detail::is_task<Task> || !can_be_kept) {
     return {};
   } else {
     const std::shared_ptr<detail::Core> core = core_;

@@ -5,6 +5,9 @@
 #include <asio/steady_timer.hpp>
 #include <asio/thread_pool.hpp>
 #include <asio/version.hpp>
+#include <chrono>
+#include <coroutine>
+#include <memory>
 #include <mutex>
 #include <runtime_bridge.hpp>
 #include <utility>
@@ -20,6 +23,21 @@ using runtime_bridge::RuntimeBridge;
 
 asio::awaitable<int> task() { co_return 1; }
 asio::awaitable<int, asio::thread_pool::executor_type> task_of_a_pool() { co_return 1; }
+
+/// As Boost.Asio's.
+namespace other_asio {
+template <class T, class Executor = asio::any_io_executor>
+class awaitable {
+ public:
+  using value_type = T;
+  using executor_type = Executor;
+  bool valid() const noexcept { return true; }
+  bool await_ready() const noexcept { return false; }
+  template <class U>
+  void await_suspend(std::coroutine_handle<U>) {}
+  T await_resume() { return T(); }
+};
+}  // namespace other_asio
 
 int main() {
   const RuntimeBridge bridge;
@@ -45,6 +63,20 @@ int main() {
   (void)bridge.block_on([&] { return timer.async_wait(deferred); });
 #elif CASE == 7
   (void)bridge.block_on([] { return std::mutex(); });
+#elif CASE == 8
+  (void)bridge.block_on(other_asio::awaitable<int>());
+#elif CASE == 9
+  (void)bridge.block_on([] { return other_asio::awaitable<int>(); });
+#elif CASE == 10
+  (void)bridge.block_on_for([](auto m) { return m; }, std::chrono::seconds(1));
+#elif CASE == 11
+  (void)bridge.submit([](auto m) { return m; });
+#elif CASE == 12
+  const auto movable = [p = std::make_unique<int>(1)] { return *p; };
+  (void)bridge.submit(movable);
+#elif CASE == 13
+  auto result = bridge.block_on([] { return std::make_unique<int>(1); });
+  (void)unwrap(result);
 #else
 #error "no such case"
 #endif

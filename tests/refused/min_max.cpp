@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The macros of a header that somebody includes first, as <windows.h> is. The standard library and Asio must have been
+// there before, since they do not mind them either way.
+
+#include <array>
+#include <asio.hpp>
+#include <asio/detail/signal_set_service.hpp>
+#include <asio/experimental/channel.hpp>
+#include <asio/experimental/concurrent_channel.hpp>
+#include <atomic>
+#include <cassert>
+#include <chrono>
+#include <concepts>
+#include <condition_variable>
+#include <functional>
+#include <future>
+#include <list>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <ostream>
+#include <stop_token>
+#include <string>
+#include <thread>
+#include <variant>
+#include <version>
+#ifdef __cpp_lib_expected
+#include <expected>
+#else
+#include <tl/expected.hpp>
+#endif
+
+#define min(a, b) ((a) < (b) ? (a) : (b))
+#define max(a, b) ((a) > (b) ? (a) : (b))
+
+#include <runtime_bridge.hpp>
+
+int main() {
+  const runtime_bridge::RuntimeBridge bridge;
+  (void)bridge.block_on_for([] { return 1; }, std::chrono::hours(1));
+  auto handle = bridge.submit([] { return 1; });
+  (void)handle.wait_for(std::chrono::hours(1));
+  (void)handle.join();
+  (void)bridge.shutdown(runtime_bridge::Shutdown::drain);
+}
