@@ -39,6 +39,7 @@
 #include <asio/awaitable.hpp>
 #include <asio/bind_allocator.hpp>
 #include <asio/bind_cancellation_slot.hpp>
+#include <asio/bind_executor.hpp>
 #include <asio/cancellation_signal.hpp>
 #include <asio/cancellation_type.hpp>
 #include <asio/co_spawn.hpp>
@@ -1575,7 +1576,8 @@ class TaskCall final : public ResultCall<TaskValue<Task> > {
     return [&core, memory = OperationAllocator<void>(this->start_memory_)](auto handler) {
       // The worker may go on at once, and end, while this thread is still inside asio::post.
       const auto work = asio::make_work_guard(core.get_executor());
-      asio::post(work.get_executor(), asio::bind_allocator(memory, std::move(handler)));
+      const auto executor = work.get_executor();
+      asio::post(executor, asio::bind_allocator(memory, asio::bind_executor(executor, std::move(handler))));
     };
   }
 

@@ -52,6 +52,20 @@ struct SettableClock {
   static time_point now() { return time_point(duration(milliseconds.load())); }
 };
 
+/// A clock that fails when it is looked at for the n-th time.
+struct BrokenClock {
+  using duration = std::chrono::nanoseconds;
+  using rep = duration::rep;
+  using period = duration::period;
+  using time_point = std::chrono::time_point<BrokenClock>;
+  static constexpr bool is_steady = false;
+  static inline std::atomic<int> looks_left{0};
+  static time_point now() {
+    if (--looks_left <= 0) throw std::runtime_error("no clock");
+    return time_point(0s);
+  }
+};
+
 /// Calls with ever more time, until the task was started in time.
 template <class Call>
 auto with_time_enough(Call call, const bool& started) {
@@ -235,4 +249,27 @@ TEST_CASE("deadline: against completion") {
   }
   CHECK(values + timeouts == 5'000);
   CHECK(bridge.in_flight() == 0);
+}
+
+TEST_CASE("deadline: what the clock throws leaves when the task is gone") {
+  const RuntimeBridge bridge;
+  for (int n = 1; n <= 3; ++n) {
+    bool started = false;
+    bool alive = false;
+    const auto task = [&]() -> awaitable<void> {
+      struct Local {
+        explicit Local(bool& b) : flag(b) { flag = true; }
+        ~Local() { flag = false; }
+        bool& flag;
+      };
+      started = true;
+      const Local local(alive);
+      co_await park();
+    };
+    BrokenClock::looks_left = n;
+    CHECK_THROWS_WITH(bridge.block_on_until(task, BrokenClock::time_point(10s)), "no clock");
+    CHECK_FALSE(alive);
+    CHECK(bridge.in_flight() == 0);
+    if (n == 1) CHECK_FALSE(started);  // the first look is before the call
+  }
 }

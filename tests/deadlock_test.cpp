@@ -63,6 +63,27 @@ TEST_CASE("deadlock: a ring of two and a ring of three, named") {
   CHECK(a.block_on([] { return 1; }) == 1);
 }
 
+TEST_CASE("deadlock: bridges of the same name can be told apart") {
+  const RuntimeBridge a = named("store"), b = named("store"), c = named("index");
+  std::string two, three;
+  unwrap(a.block_on([&] {
+    unwrap(b.block_on([&] {
+      two = a.block_on([] {}).error().message();
+      unwrap(c.block_on([&] { three = a.block_on([] {}).error().message(); }));
+    }));
+  }));
+  const auto rings = [](const std::string& text) { return text.substr(text.rfind(": ") + 2); };
+  INFO(two << "\n" << three);
+  const std::string to = " -> ";
+  const std::string first = rings(two).substr(0, rings(two).find(to));
+  const std::string second = rings(two).substr(first.size() + to.size(), first.size());
+  CHECK(first.rfind("store#", 0) == 0);
+  CHECK(second.rfind("store#", 0) == 0);
+  CHECK(first != second);
+  CHECK(rings(two) == first + to + second + to + first);
+  CHECK(rings(three) == "index" + to + second + to + first + to + "index");
+}
+
 TEST_CASE("deadlock: a ring through a task that is suspended") {
   // A waits for a task of B that is parked; meanwhile another task of B, from elsewhere, would wait for A.
   RuntimeBridge a = named("A"), b = named("B");

@@ -4,6 +4,7 @@
 
 #include <concepts>
 #include <memory>
+#include <sstream>
 #include <stdexcept>
 
 #include "support.hpp"
@@ -73,8 +74,36 @@ TEST_CASE("unwrap: a std::system_error for what is not the task's own") {
       FAIL("did not throw");
     } catch (const std::system_error& e) {
       CHECK(e.code() == kind);
-      CHECK(std::string(e.what()).find("row 7") != std::string::npos);
+      CHECK(e.what() == BridgeError(kind, some_exception()).message());
     }
   }
   CHECK_THROWS_AS(unwrap(failed(BridgeError::ResponseLost)), std::system_error);
+}
+
+TEST_CASE("unwrap: inside a task it says its text once") {
+  const RuntimeBridge bridge, gone;
+  gone.shutdown(runtime_bridge::Shutdown::drain);
+  const auto nested = bridge.block_on([&] { return unwrap(gone.block_on([] { return 1; })); });
+  REQUIRE_FALSE(nested.has_value());
+  CHECK(nested.error() == BridgeError::ResponseLost);
+  CHECK(nested.error().message() == "runtime_bridge: the task threw: the worker was stopped");
+  CHECK_THROWS_WITH(unwrap(nested), "runtime_bridge: the worker was stopped");
+  const auto deep = bridge.block_on([&] { return unwrap(nested); });
+  CHECK(deep.error().message() == nested.error().message());
+}
+
+TEST_CASE("unwrap: of an lvalue copies, and of an rvalue moves") {
+  Result<std::string> text("a text that is too long for the small string");
+  const Result<std::string>& same = text;
+  CHECK(unwrap(text) == unwrap(same));
+  const char* const where = text->data();
+  const std::string moved = unwrap(std::move(text));
+  CHECK(moved.data() == where);
+}
+
+TEST_CASE("error: is written as its message") {
+  std::ostringstream out;
+  const BridgeError error(BridgeError::TimedOut, some_exception());
+  out << error << '.';
+  CHECK(out.str() == error.message() + ".");
 }

@@ -3,6 +3,7 @@
 // submit and JoinHandle.
 
 #include <atomic>
+#include <latch>
 #include <memory>
 #include <optional>
 #include <semaphore>
@@ -320,4 +321,46 @@ TEST_CASE("submit: a refused call is over, task and all") {
   context.restart();
   CHECK(context.poll() == 0);
   CHECK(handle.join().error() == BridgeError::WorkerDead);
+}
+
+// Race: other threads ask a handle that is detached. TSan.
+TEST_CASE("submit: detach beside request_stop and done") {
+  const RuntimeBridge bridge;
+  for (int round = 0; round < 300; ++round) {
+    auto handle = bridge.submit([]() -> awaitable<void> { co_await asio::post(use_awaitable); });
+    std::latch go(3);
+    {
+      std::jthread stopper([&] {
+        go.arrive_and_wait();
+        handle.request_stop();
+      });
+      std::jthread asker([&] {
+        go.arrive_and_wait();
+        (void)handle.done();
+      });
+      go.arrive_and_wait();
+      handle.detach();
+    }
+    REQUIRE(handle.done());
+    REQUIRE_FALSE(handle.joinable());
+    REQUIRE_THROWS_AS(handle.join(), std::system_error);
+  }
+}
+
+TEST_CASE("submit: a detached task is not stopped by its handle") {
+  const RuntimeBridge bridge;
+  std::atomic<bool> may_end{false};
+  std::atomic<int> ended{0};
+  {
+    auto handle = bridge.submit([&]() -> awaitable<void> {
+      while (!may_end) co_await asio::post(use_awaitable);
+      ++ended;
+    });
+    handle.detach();
+    handle.request_stop();
+  }
+  CHECK(bridge.in_flight() == 1);
+  may_end = true;
+  await_state([&] { return bridge.in_flight() == 0; });
+  CHECK(ended == 1);
 }
