@@ -6,6 +6,13 @@
 #ifndef RUNTIME_BRIDGE_TESTS_STRESS_ORACLE_HPP
 #define RUNTIME_BRIDGE_TESTS_STRESS_ORACLE_HPP
 
+#include <asio/bind_executor.hpp>
+#include <asio/co_spawn.hpp>
+#include <asio/experimental/awaitable_operators.hpp>
+#include <asio/experimental/channel.hpp>
+#include <asio/experimental/channel_error.hpp>
+#include <asio/multiple_exceptions.hpp>
+#include <asio/strand.hpp>
 #include <asio/thread_pool.hpp>
 #include <atomic>
 #include <cstdint>
@@ -69,7 +76,23 @@ struct Bridge {
   RuntimeBridge bridge;
 };
 
-enum class Kind { returns, throws, suspends, hops, circles, parks, swallows, ignores, stops_itself, nests };
+enum class Kind {
+  returns,
+  throws,
+  suspends,
+  hops,
+  circles,
+  parks,
+  swallows,
+  ignores,
+  stops_itself,
+  awaits_a_child,
+  parks_on_a_strand,  // in a child
+  awaits_either,
+  waits_for_a_channel,
+  ends_elsewhere,
+  nests,
+};
 
 struct Boom {
   std::uint64_t id;
@@ -97,7 +120,10 @@ struct Record {
                        std::string(what));
   }
   bool plain() const { return kind == Kind::returns || kind == Kind::throws || kind == Kind::nests; }
-  bool needs_stop() const { return kind == Kind::parks || kind == Kind::swallows; }
+  bool needs_stop() const {
+    return kind == Kind::parks || kind == Kind::swallows || kind == Kind::parks_on_a_strand ||
+           kind == Kind::waits_for_a_channel;
+  }
 
   Ground& ground;
   const std::shared_ptr<History> history;
@@ -144,6 +170,22 @@ inline awaitable<void> nap(Record& record, std::chrono::microseconds length) {
   record.check(Clock::now() >= timer.expiry(), "a timer that has not expired seems to");
 }
 
+/// The shapes that are made of several coroutines and operations.
+inline awaitable<void> act_together(Record& r, std::chrono::microseconds length) {
+  using namespace asio::experimental::awaitable_operators;
+  const asio::any_io_executor executor = co_await asio::this_coro::executor;
+  if (r.kind == Kind::awaits_a_child) co_await asio::co_spawn(executor, nap(r, length), use_awaitable);
+  if (r.kind == Kind::parks_on_a_strand) {
+    const asio::any_io_executor strand = asio::make_strand(executor);
+    co_await asio::co_spawn(strand, park(), use_awaitable);
+  }
+  if (r.kind == Kind::awaits_either) co_await (nap(r, length) || park());
+  if (r.kind == Kind::waits_for_a_channel) {
+    asio::experimental::channel<void(std::error_code, int)> channel(executor);
+    (void)co_await channel.async_receive(use_awaitable);
+  }
+}
+
 inline awaitable<void> act(Record& r) {
   const std::chrono::microseconds length(r.id % 500);
   if (r.kind == Kind::throws) throw Boom{r.id};
@@ -154,6 +196,10 @@ inline awaitable<void> act(Record& r) {
   for (int i = 0; r.kind == Kind::circles && i < 20; ++i) co_await asio::post(use_awaitable);
   if (r.kind == Kind::stops_itself) r.source.request_stop();
   if (r.kind == Kind::parks || r.kind == Kind::stops_itself || r.kind == Kind::swallows) co_await park();
+  if (r.kind >= Kind::awaits_a_child && r.kind <= Kind::waits_for_a_channel) co_await act_together(r, length);
+  if (r.kind == Kind::ends_elsewhere) {
+    co_await asio::post(asio::bind_executor(r.ground.pool.get_executor(), use_awaitable));
+  }
   if (r.kind == Kind::nests) co_await asio::post(use_awaitable);
 }
 
@@ -209,7 +255,8 @@ inline void judge(const Record& r, const Result<Payload>& result, int held) {
   if (refused && r.entry == nullptr && r.may_start) return;  // the handle was not joined: its task goes on
   check(r.frames == held, "a frame or a capture outlives the call");
   check(r.started <= 1 && r.returned + r.threw <= r.started, "it ran more than once");
-  check((r.returned == 1) == result.has_value(), "a value if and only if the task ended with one");
+  check(r.returned == 1 || !result.has_value(), "a value, and the task has not ended with one");
+  check(result.has_value() || r.returned == 0 || history.hard, "no value, but the task has ended with one");
   if (result.has_value()) return check(result->get() && **result == r.id, "not its own value");
 
   const auto cause = result.error().cause();
@@ -221,7 +268,10 @@ inline void judge(const Record& r, const Result<Payload>& result, int held) {
     boom = true;
     check(thrown.id == r.id, "the exception of another");
   } catch (const std::system_error& e) {
-    check(e.code() == asio::error::operation_aborted, "an exception from nowhere");
+    check(e.code() == asio::error::operation_aborted || r.kind == Kind::waits_for_a_channel,
+          "an exception from nowhere");
+  } catch (const asio::multiple_exceptions&) {
+    check(r.kind == Kind::awaits_either, "exceptions from nowhere");
   }
   switch (result.error().kind()) {
     case BridgeError::WorkerDead: check(history.closing && r.started == 0 && !cause, "the worker was not dead"); break;
