@@ -80,6 +80,7 @@
 #include <new>
 #include <optional>
 #include <ostream>
+#include <stdexcept>
 #include <stop_token>
 #include <string>
 #include <system_error>
@@ -522,16 +523,14 @@ class Context : public asio::io_context {
     }
   }
 
-  /// Destroys every operation of Asio's that waits on this context, and with it the coroutines that await it. What is
-  /// queued to run stays queued, for the loop to run. Timers and sockets are of no use afterwards; signals and channels
-  /// can be waited for again, until the next time.
+  /// Destroys every operation of Asio's that waits on this context, but for those on channels, and with it the
+  /// coroutines that await it. What is queued to run stays queued, for the loop to run. Timers and sockets are of no
+  /// use afterwards.
   ///
   /// Not by `asio::execution_context::shutdown`. That shuts down the scheduler as well, which empties its queue without
   /// its lock: a foreign thread that posts just then would corrupt it. And it shuts down the resolvers, which crash
   /// when they are used afterwards. A look-up that is under way is on a thread of Asio's, and thus foreign.
   void destroy_parked() {
-    shut_down<asio::experimental::detail::channel_service<asio::detail::null_mutex> >();
-    shut_down<asio::experimental::detail::channel_service<asio::detail::mutex> >();
     shut_down<asio::detail::signal_set_service>();
 #ifdef ASIO_HAS_IO_URING
     shut_down<asio::detail::io_uring_service>();
@@ -539,14 +538,29 @@ class Context : public asio::io_context {
     shut_down<asio::detail::reactor>();
   }
 
-  /// Gives back the work that so many destroyed operations held, which Asio does not: the loop would never run out of
-  /// it. Not more than there is, as some held none.
-  void forget_operations(std::size_t number) {
-    auto& scheduler = asio::use_service<asio::detail::io_context_impl>(*this);
-    for (; number != 0 && !stopped(); --number) scheduler.work_finished();
+  /// Destroys the operations that wait on channels. Last, as a coroutine that is destroyed may use one, to give back
+  /// what it has borrowed from a pool for instance, and Asio's channels do not bear that afterwards.
+  void destroy_on_channels() {
+    shut_down<asio::experimental::detail::channel_service<asio::detail::null_mutex> >();
+    shut_down<asio::experimental::detail::channel_service<asio::detail::mutex> >();
+  }
+
+  /// Forgets so many operations that were destroyed. Asio does not: a destroyed operation, unless it was a channel's,
+  /// leaves its work behind, and the loop would never run out of it. Returns how many there were to forget.
+  std::size_t forget_operations(std::size_t number) {
+    std::size_t forgotten = 0;
+    for (; forgotten < number && !stopped(); ++forgotten) scheduler().work_finished();
+    return forgotten;
+  }
+
+  /// Takes that back.
+  void remember_operations(std::size_t number) {
+    for (; number != 0; --number) scheduler().work_started();
   }
 
  private:
+  asio::detail::io_context_impl& scheduler() { return asio::use_service<asio::detail::io_context_impl>(*this); }
+
   template <class Service>
   void shut_down() {
     if (asio::has_service<Service>(*this)) asio::use_service<Service>(*this).shutdown();
@@ -805,8 +819,12 @@ class Ticket {
 /// What cancels a coroutine. It is the worker's, and used on the worker only, because Asio touches it for a moment
 /// after the call is over.
 struct Running {
+  explicit Running(const Core& c) noexcept : core(c) {}
+
+  const Core& core;
   asio::cancellation_signal signal;
   Call* call = nullptr;          // null unless the task runs
+  bool remembered = false;       // the task has been told that it is cancelled
   std::optional<Ticket> ticket;  // of a task that was destroyed: what is left of it in the signal must go first
   std::list<Running>* home = nullptr;
 };
@@ -846,22 +864,10 @@ class Core : public std::enable_shared_from_this<Core> {
   /// on services that are shut down succeed, with no bytes.
   bool has_destroyed() const noexcept { return emission_ == Emission::mark; }
 
-  /// What a task's cancellation lets in, where it is remembered and makes every later `co_await` throw, and what it
-  /// passes on to the operation that is waited for. Both are Asio's defaults until the worker is stopped.
-  struct Remembers {
-    const Core* core;
-    asio::cancellation_type operator()(asio::cancellation_type type) const noexcept {
-      return core->emission_ == Emission::abort ? asio::cancellation_type::none
-                                                : type & asio::cancellation_type::terminal;
-    }
-  };
-  struct PassesOn {
-    const Core* core;
-    asio::cancellation_type operator()(asio::cancellation_type remembered) const noexcept {
-      if (core->emission_ == Emission::abort) return asio::cancellation_type::terminal;
-      return core->emission_ == Emission::mark ? asio::cancellation_type::none : remembered;
-    }
-  };
+  /// What emitting does: it cancels; or, when the worker is stopped, it first aborts what the task waits for, and last
+  /// lets the task know of it, but not what it waits for.
+  enum class Emission { cancel, abort, mark };
+  Emission emission() const noexcept { return emission_; }
 
   /// Keeps an owner for ever, where a leak checker finds it. For the child of a fork, where nothing in here can be
   /// destroyed without the worker, and for a worker that outlives the bridge.
@@ -918,8 +924,8 @@ class Core : public std::enable_shared_from_this<Core> {
   template <class Condition>
   void emit_to_all(Condition condition) noexcept;
   void run() noexcept;
-  void end_calls() noexcept;
-  void settle() noexcept;
+  std::size_t end_calls() noexcept;
+  void settle(std::size_t destroyed) noexcept;
   std::size_t poll_one() noexcept;
   void run_what_is_ready() noexcept;
   void forget_worker() noexcept;
@@ -954,16 +960,13 @@ class Core : public std::enable_shared_from_this<Core> {
   }
 
   void emit(Running& running) noexcept {
+    if (emission_ != Emission::abort) running.remembered = true;
     try {
       running.signal.emit(asio::cancellation_type::terminal);
     } catch (...) {
       report_stray();
     }
   }
-
-  /// What emitting does: it cancels; or, when the worker is stopped, it first aborts what the task waits for, and last
-  /// lets the task know of it, but not what it waits for.
-  enum class Emission { cancel, abort, mark };
 
   static Core*& current() noexcept {
     static thread_local constinit Core* core = nullptr;
@@ -1007,7 +1010,7 @@ class Core : public std::enable_shared_from_this<Core> {
   bool stopped_ = false;     // what is queued still is not to be started any more
   bool cancelling_ = false;  // nor this, because its call is cancelled
   Emission emission_ = Emission::cancel;
-  std::size_t destroyed_ = 0;  // tasks
+  std::size_t destroyed_ = 0;  // tasks, since it was set to zero
   std::list<Running> running_;
   std::list<Running> to_cancel_;
   std::list<Running> spare_;
@@ -1030,12 +1033,35 @@ class Core : public std::enable_shared_from_this<Core> {
   bool abandoned_ = false;  // it was stopped under calls
 };
 
+/// What a task's cancellation lets in: it is remembered, and makes every later `co_await` throw. Asio's default until
+/// the worker is stopped. Then it is not remembered at first: a loop that swallows every exception would go on for ever
+/// without waiting, and could not be destroyed where it waits.
+struct Remembers {
+  const Running* running;
+  asio::cancellation_type operator()(asio::cancellation_type type) const noexcept {
+    const bool only_aborts = running->core.emission() == Core::Emission::abort && !running->remembered;
+    return only_aborts ? asio::cancellation_type::none : type & asio::cancellation_type::terminal;
+  }
+};
+
+/// What a task's cancellation passes on to the operation that is waited for.
+struct PassesOn {
+  const Running* running;
+  asio::cancellation_type operator()(asio::cancellation_type remembered) const noexcept {
+    switch (running->core.emission()) {
+      case Core::Emission::abort: return asio::cancellation_type::terminal;
+      case Core::Emission::mark: return asio::cancellation_type::none;
+      default: return remembered;
+    }
+  }
+};
+
 inline Ticket::~Ticket() {
   if (call_ && call_->tickets_.fetch_sub(1) == 1) core_->end_call(*call_);
 }
 
 inline Finished::Finished(Core& core) : core_(&core) {
-  if (core.spare_.empty()) core.spare_.emplace_back();
+  if (core.spare_.empty()) core.spare_.emplace_back(core);
   running_ = core.spare_.begin();
   core.running_.splice(core.running_.end(), core.spare_, running_);
   running_->home = &core.running_;
@@ -1105,7 +1131,9 @@ inline void Core::cancel(Call& call, BridgeError::Kind why) noexcept {
   // Emitted anywhere but on the worker, a cancellation would be a data race inside Asio.
   post_in(call.cancel_memory_, [t = std::move(ticket)] {
     Running* running = t.call().running_;
-    if (running && !t.core().stopped_) t.core().emit(*running);
+    if (!running || t.core().has_destroyed()) return;
+    running->remembered = true;
+    t.core().emit(*running);
   });
 }
 
@@ -1282,8 +1310,7 @@ inline void Core::run() noexcept {
   gate_.close();
   stopped_ = true;
   const bool abandoned = gate_.in_flight() != 0;
-  end_calls();
-  settle();
+  settle(end_calls());
 
   const std::lock_guard lock(mutex_);
   ended_ = true;
@@ -1300,8 +1327,9 @@ inline void Core::forget_worker() noexcept {
 }
 
 /// Ends the calls in flight. Tasks are cancelled while all that they wait for is alive, and destroyed only if that has
-/// not ended them: a cancellation must not reach what was destroyed.
-inline void Core::end_calls() noexcept {
+/// not ended them: a cancellation must not reach what was destroyed. Returns how many operations were destroyed, if
+/// nothing foreign was about: what an operation leaves behind looks like a foreign thread.
+inline std::size_t Core::end_calls() noexcept {
   const auto emit_to_tasks = [&](Emission emission) {
     emission_ = emission;
     emit_to_all([](Call& call) { return call.cut_off_ = true; });
@@ -1312,23 +1340,26 @@ inline void Core::end_calls() noexcept {
     emit_to_tasks(Emission::abort);
     run_what_is_ready();
   }
-  if (gate_.in_flight() == 0) return;
+  if (gate_.in_flight() == 0) return 0;
 
   // What waits on this context is destroyed now. What comes back from elsewhere is to end at its next co_await.
   emit_to_tasks(Emission::mark);
+  destroyed_ = 0;
   context_.destroy_parked();
   run_what_is_ready();
-  if (gate_.in_flight() == 0) return;
-  destroyed_ = 0;  // something foreign is about, and that counts more than to be quick
+  const std::size_t destroyed = destroyed_;  // without those on channels, which leave nothing behind
+  context_.destroy_on_channels();
+  run_what_is_ready();
+  if (gate_.in_flight() == 0) return destroyed;
 
   // What waits elsewhere comes back to this context, which must not die before.
   while (gate_.in_flight() != 0) {
     if (poll_one() != 0) continue;
     context_.destroy_parked();
-    if (poll_one() != 0 || gate_.in_flight() == 0) continue;
-    context_.restart();
-    survive([&] { return context_.run_one(); });
+    context_.destroy_on_channels();
+    if (poll_one() == 0 && gate_.in_flight() != 0) survive([&] { return context_.run_one(); });
   }
+  return 0;
 }
 
 /// Runs a handler, if one is ready, even if somebody has stopped the context again.
@@ -1337,31 +1368,37 @@ inline std::size_t Core::poll_one() noexcept {
   return survive([&] { return context_.poll_one(); });
 }
 
-/// Runs handlers until none is ready. A coroutine that never waits always has one, so it stops at some time.
+/// Runs handlers until none is ready. A coroutine that never waits always has one, so after some time it is let be.
 inline void Core::run_what_is_ready() noexcept {
-  for (int rounds = 0; rounds < 1'000; ++rounds) {
+  const SteadyTime end = std::chrono::steady_clock::now() + std::chrono::milliseconds(5);
+  int handlers = 0;
+  for (int rounds = 0; handlers != 1 && (rounds < 4 || std::chrono::steady_clock::now() < end); ++rounds) {
     // The queue is served in order: when this has passed, each handler that was queued has run.
     OperationMemory memory;
     bool passed = false;
     post_in(memory, [&] { passed = true; });
-    int handlers = 0;
-    for (; !passed; ++handlers) poll_one();
-    if (handlers == 1) return;
+    for (handlers = 0; !passed; ++handlers) poll_one();
   }
 }
 
 /// Waits for foreign threads, and destroys what raw users of the executor have left behind.
-inline void Core::settle() noexcept {
+inline void Core::settle(std::size_t destroyed) noexcept {
   // A foreign thread that has just handed a task back still holds the context for some instructions, and may be
   // preempted there. If nothing else does, this returns as soon as it lets go; but Asio cannot tell it from operations
   // that were destroyed or left behind, so with such give it time.
   context_.restart();
   work_.reset();
-  context_.forget_operations(destroyed_);
+  const std::size_t forgotten = context_.forget_operations(destroyed);
   const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
-  survive([&] { return context_.run_until(end); });
+  // More than once, if somebody stops the context again. Without work it returns at once.
+  for (int times = 0; times < 3; ++times) {
+    survive([&] { return context_.run_until(end); });
+    context_.restart();
+  }
+  work_.emplace(context_.get_executor());
+  context_.remember_operations(forgotten);
 
-  context_.destroy_parked();
+  context_.destroy_parked();  // what waits on a channel is destroyed with the context
   run_what_is_ready();
 }
 
@@ -1503,6 +1540,7 @@ class TaskCall final : public ResultCall<TaskValue<Task> > {
         : call_(call), running_(running), ticket_(std::move(ticket)) {
       call.running_ = &running;
       running.call = &call;
+      running.remembered = false;
     }
     Cancellable(const Cancellable&) = delete;
     Cancellable& operator=(const Cancellable&) = delete;
@@ -1542,9 +1580,10 @@ class TaskCall final : public ResultCall<TaskValue<Task> > {
     Core& core = ticket.core();
     Cancellable cancellable(std::move(ticket), self, running);
     try {
-      co_await asio::this_coro::reset_cancellation_state(Core::Remembers{&core}, Core::PassesOn{&core});
+      co_await asio::this_coro::reset_cancellation_state(Remembers{&running}, PassesOn{&running});
       self.stage_ = Call::Stage::running;
       auto awaitable = begin<Task>(*self.held_);
+      if (!awaitable.valid()) throw std::invalid_argument("runtime_bridge: an awaitable that was given up before");
       const Enter enter{awaitable};
       co_await enter;
       // A task that went on elsewhere is brought back. Whether it is cancelled meanwhile is the worker's to know, so
@@ -1575,8 +1614,8 @@ class TaskCall final : public ResultCall<TaskValue<Task> > {
   auto post_back(Core& core) noexcept {
     return [&core, memory = OperationAllocator<void>(this->start_memory_)](auto handler) {
       // The worker may go on at once, and end, while this thread is still inside asio::post.
-      const auto work = asio::make_work_guard(core.get_executor());
-      const auto executor = work.get_executor();
+      const std::shared_ptr<Core> alive = core.shared_from_this();
+      const auto executor = alive->get_executor();
       asio::post(executor, asio::bind_allocator(memory, asio::bind_executor(executor, std::move(handler))));
     };
   }

@@ -229,7 +229,7 @@ TEST_CASE("destructor: a task that comes back from something foreign and then pa
   CHECK(ended == worker);
 }
 
-TEST_CASE("destructor: a task that comes back from something foreign and then waits for a signal is destroyed") {
+TEST_CASE("destructor: a task that comes back from something foreign and then waits for a signal_set is destroyed") {
   std::optional<RuntimeBridge> bridge(std::in_place);
   Foreign foreign;
   auto task = bridge->submit([&]() -> awaitable<void> {

@@ -278,6 +278,105 @@ TEST_CASE("hard stop: a loop that swallows every exception is destroyed where it
   }
 }
 
+TEST_CASE("hard stop: a cancellation that came before it is remembered") {
+  auto bridge = std::make_unique<RuntimeBridge>();
+  int tried = 0;
+  auto polls = bridge->submit([&]() -> awaitable<int> {
+    asio::steady_timer timer(co_await asio::this_coro::executor, 24h);
+    while ((co_await asio::this_coro::cancellation_state).cancelled() == asio::cancellation_type::none) {
+      ++tried;
+      (void)co_await timer.async_wait(as_tuple_awaitable);
+    }
+    co_return 7;
+  });
+  await_calls(*bridge, 1);
+  std::binary_semaphore busy(0), go_on(0);
+  asio::post(bridge->get_executor(), [&] {
+    busy.release();
+    go_on.acquire();
+  });
+  busy.acquire();
+  polls.request_stop();  // queued behind that, when the worker is stopped
+  bridge->get_executor().context().stop();
+  go_on.release();
+  bridge.reset();
+  CHECK(polls.join() == 7);
+  CHECK(tried == 1);
+}
+
+TEST_CASE("hard stop: a task that only computes between its steps is told soon") {
+  auto bridge = std::make_unique<RuntimeBridge>();
+  int steps = 0;
+  std::atomic<bool> stopping{false};
+  auto computes = bridge->submit([&]() -> awaitable<void> {
+    for (;;) {
+      const auto end = Time::now() + 1ms;
+      while (Time::now() < end) continue;
+      if (stopping) ++steps;
+      co_await asio::post(use_awaitable);
+    }
+  });
+  await_calls(*bridge, 1);
+  stopping = true;
+  bridge.reset();
+  CHECK(outcome(computes.join()) == response_lost);
+  CHECK(steps < 50);
+}
+
+namespace {
+
+/// A pool as people make it: of tokens in a channel, with leases that give theirs back when they are destroyed.
+class TokenPool {
+ public:
+  explicit TokenPool(const asio::any_io_executor& executor) : tokens_(executor, 1) {
+    tokens_.try_send(std::error_code(), 1);
+  }
+
+  class Lease {
+   public:
+    explicit Lease(ConcurrentChannel& tokens) : tokens_(tokens) {}
+    Lease(const Lease&) = delete;
+    Lease& operator=(const Lease&) = delete;
+    ~Lease() { tokens_.try_send(std::error_code(), 1); }
+
+   private:
+    ConcurrentChannel& tokens_;
+  };
+
+  awaitable<void> use(bool stubborn) {
+    if (stubborn) co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+    (void)co_await tokens_.async_receive(use_awaitable);
+    const Lease lease(tokens_);
+    co_await park();
+  }
+
+ private:
+  ConcurrentChannel tokens_;
+};
+
+}  // namespace
+
+TEST_CASE("hard stop: coroutines that are destroyed give back what they have from a channel") {
+  for (const bool stubborn : {false, true}) {
+    for (const bool detached : {false, true}) {
+      INFO(stubborn << detached);
+      RuntimeBridge bridge;
+      TokenPool pool(bridge.get_executor());
+      std::vector<JoinHandle<void>> tasks;
+      for (int i = 0; i < 3; ++i) {
+        if (detached) {
+          asio::co_spawn(bridge.get_executor(), pool.use(stubborn), asio::detached);
+        } else {
+          tasks.push_back(bridge.submit(pool.use(stubborn)));
+        }
+      }
+      await_calls(bridge, tasks.size());
+      bridge.shutdown(Shutdown::drain, 0s);
+      for (auto& task : tasks) CHECK(outcome(task.join()) == response_lost);
+    }
+  }
+}
+
 // A deadline on a loop over a thousand keys that logs each failure must end it soon: there cancellation is remembered.
 TEST_CASE("hard stop: only then is cancellation not remembered") {
   RuntimeBridge bridge;
@@ -336,31 +435,44 @@ TEST_CASE("hard stop: nothing of a call stays behind in its cancellation slot") 
   CHECK(uses == 1);
 }
 
-TEST_CASE("hard stop: a task parked on a signal, a channel or a socket that ignores cancellation is destroyed") {
-  auto bridge = std::make_unique<RuntimeBridge>();
-  const auto executor = bridge->get_executor();
-  const auto stubborn = [](auto operation) -> awaitable<void> {
-    co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
-    co_await operation();
-  };
-  std::optional<asio::signal_set> signals(std::in_place, executor, SIGUSR2);
-  asio::local::stream_protocol::socket a(executor), b(executor);
+namespace {
+
+/// Waits for what never comes, and ignores cancellation.
+template <class Operation>
+awaitable<void> stubbornly(Operation operation) {
+  co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+  (void)co_await operation(use_awaitable);
+}
+
+template <class Operation>
+void check_destroyed(RuntimeBridge& bridge, Operation operation) {
+  auto task = bridge.submit(stubbornly(operation));
+  await_calls(bridge, 1);
+  CHECK_FALSE(bridge.shutdown(Shutdown::drain, 0s));
+  CHECK(outcome(task.join()) == response_lost);
+}
+
+}  // namespace
+
+TEST_CASE("hard stop: a task that waits for a socket, and ignores cancellation, is destroyed") {
+  RuntimeBridge bridge;
+  asio::local::stream_protocol::socket a(bridge.get_executor()), b(bridge.get_executor());
   asio::local::connect_pair(a, b);
-  Channel channel(executor);
-  ConcurrentChannel concurrent(executor);
   char byte = 0;
-  std::vector<JoinHandle<void>> tasks;
-  tasks.push_back(bridge->submit(
-      [&] { return stubborn([&]() -> awaitable<void> { (void)co_await signals->async_wait(use_awaitable); }); }));
-  tasks.push_back(bridge->submit([&] {
-    return stubborn(
-        [&]() -> awaitable<void> { (void)co_await asio::async_read(a, asio::buffer(&byte, 1), use_awaitable); });
-  }));
-  tasks.push_back(bridge->submit(
-      [&] { return stubborn([&]() -> awaitable<void> { (void)co_await channel.async_receive(use_awaitable); }); }));
-  tasks.push_back(bridge->submit(
-      [&] { return stubborn([&]() -> awaitable<void> { (void)co_await concurrent.async_receive(use_awaitable); }); }));
-  await_calls(*bridge, tasks.size());
-  (void)bridge->shutdown(Shutdown::drain, 0s);
-  for (auto& task : tasks) CHECK(outcome(task.join()) == response_lost);
+  check_destroyed(bridge, [&](auto token) { return asio::async_read(a, asio::buffer(&byte, 1), token); });
+}
+
+TEST_CASE("hard stop: a task that waits for a channel, and ignores cancellation, is destroyed") {
+  RuntimeBridge bridge;
+  Channel channel(bridge.get_executor());
+  check_destroyed(bridge, [&](auto token) { return channel.async_receive(token); });
+  RuntimeBridge other;
+  ConcurrentChannel concurrent(other.get_executor());
+  check_destroyed(other, [&](auto token) { return concurrent.async_receive(token); });
+}
+
+TEST_CASE("hard stop: a task that waits for a signal_set, and ignores cancellation, is destroyed") {
+  RuntimeBridge bridge;
+  asio::signal_set signals(bridge.get_executor(), SIGUSR2);
+  check_destroyed(bridge, [&](auto token) { return signals.async_wait(token); });
 }

@@ -161,3 +161,15 @@ TEST_CASE("task: callers make progress side by side") {
   caller.join();
   CHECK(bridge.in_flight() == 0);
 }
+
+TEST_CASE("task: an awaitable that was given up before is an error of its call alone") {
+  const RuntimeBridge bridge;
+  const auto seven = []() -> awaitable<int> { co_return 7; };
+  auto task = seven();
+  CHECK(bridge.block_on(std::move(task)) == 7);
+  const auto again = bridge.block_on(std::move(task));  // NOLINT(bugprone-use-after-move)
+  REQUIRE_FALSE(again.has_value());
+  CHECK(again.error() == BridgeError::ResponseLost);
+  CHECK_THROWS_AS(std::rethrow_exception(again.error().cause()), std::invalid_argument);
+  CHECK(bridge.block_on(seven) == 7);
+}

@@ -1,18 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A model of include/runtime_bridge.hpp's concurrency: the gate, tickets and answers, cancellation, lazy start, shutdown
-// and hard stop. tests/model/run checks every interleaving of it. A step here is one atomic step there, and names the
-// function and the line that it stands for. Words that start with a capital and a dot, such as Gate.leave, are the
-// header's functions.
+// and hard stop. tests/model/run checks every interleaving of it. A step here is one atomic step there. The comment
+// beside it names the function that it stands for; a step without a comment belongs to the function named above it.
+// Names such as Gate.leave are functions of the header's classes.
 //
-// What it takes for granted:
+// Assumptions:
 // - Memory is sequentially consistent. The header's relaxed loads are first guesses of a compare-exchange, or hints.
 // - asio::post puts a handler at the end of a queue under a lock, and is `inside` the context before and after that.
 //   Asio moves a handler out of its memory before it calls it.
-// - A task starts inline (co_spawn dispatches), ends at a co_await once it was cancelled, and does not throw.
-// - Settle's 200 milliseconds are enough for a foreign thread to let go of the context.
-// Not in it: rings of waiting bridges, fork, raw handlers, tasks that ignore cancellation (patience, destroy_all), the
-// caller's spin, which does nothing but look at the answer.
+// - A task starts inline (co_spawn dispatches) and does not throw. If it heeds cancellation, it ends when what it waits
+//   for is aborted, and at the next co_await once it is marked as cancelled.
+// - A coroutine whose operation was destroyed is unwound by a handler that Asio posts for it.
+// - Timers and sockets that were shut down are ready at once; signals and channels can be waited for again.
+// - If a destroyed operation counted as work of the context, Asio never takes it off the count.
+// - The 200 milliseconds of Core.settle are enough for a foreign thread to let go of the context.
+// Not modelled: rings of waiting bridges, fork, raw handlers, coroutines that never wait, foreign executors that
+// destroy a task, and the caller's spin, which only looks at the answer.
 //
 // Configurations, by macros:
 //   CALLERS, CLOSERS  how many; every caller has one call, and a call has its caller's number
@@ -23,11 +27,13 @@
 //   STOPPER           somebody requests a stop of call 0, at any moment
 //   FOREVER           tasks may wait for something on this context that never comes
 //   FOREIGN           tasks may wait for something foreign
-//   DETACHED          the last caller has submitted and detached its call, which nobody else keeps
+//   STUBBORN          tasks may ignore cancellation, or try again once after what they wait for was aborted
+//   CHANNELS          with STUBBORN: what a destroyed task waited for may have been no work of the context
+//   DETACHED          the last caller has submitted and detached its call, and nobody else keeps it
 //   LINGER            the worker lingers after a call, for a while
 //   SELF              the task of call 0 destroys the bridge
 //   STEPS             how many times a task may wait (1)
-//   INSIDE_IS_FINE    do not refuse that services are shut down while a thread is inside asio::post
+//   INSIDE_IS_FINE    allow that operations are destroyed while a thread is inside asio::post
 //   MUTANT_name       a mistake; tests/model/run lists them
 
 #ifndef CALLERS
@@ -45,6 +51,18 @@
 #ifndef STEPS
 #define STEPS 1
 #endif
+// Core.end_calls: how often tasks are cancelled before anything is destroyed.
+#if defined(MUTANT_destroy_without_cancelling)
+#define ROUNDS 0
+#elif defined(MUTANT_one_round)
+#define ROUNDS 1
+#elif defined(MUTANT_two_rounds)
+#define ROUNDS 2
+#else
+#define ROUNDS 3
+#endif
+#define DESTROYED 3  /* the worker's phase after the rounds */
+#define SETTLED 4    /* and its last one */
 #ifdef DETACHED
 #define IS_DETACHED(c) ((c) == CALLERS - 1)
 #else
@@ -52,10 +70,13 @@
 #endif
 
 mtype = { DRAIN, CANCEL, DTOR, STOP };                    // what a closer does
-mtype = { START, EMIT, CANCEL_ALL, RESUME, STEPPED, LINGERS };  // handlers in the queue
+mtype = { START, EMIT, CANCEL_ALL, RESUME, UNWIND, PASSED, LINGERS };  // handlers in the queue
 mtype = { QUEUED, READY, PARKED, LOST, AWAY, OVER };      // a task: LOST waits for what never comes, AWAY for something foreign
 mtype = { NONE, REGISTERED, CALLING, CALLED };            // a std::stop_callback
-mtype = { RUN, ABANDON_STEP, ABANDON, SETTLE };           // where the worker is in Core.run
+mtype = { HEEDS, RETRIES, IGNORES };                      // what a task does when it is cancelled
+mtype = { RUN, READIES, AWAITS, SETTLES };                // what runs the worker's handlers: Core.run,
+                                                          // Core.run_what_is_ready, Core.end_calls, Core.settle
+mtype = { CANCELS, ABORTS, MARKS };                       // Core.Emission
 
 // --- Gate: one word
 
@@ -74,7 +95,9 @@ bool gate_asleep;  // somebody sleeps in word_.wait
 byte tickets[CALLERS];
 bool asked[CALLERS];
 mtype task[CALLERS];
-bool aborted[CALLERS];    // the task's cancellation was emitted
+mtype will[CALLERS];
+bool aborted[CALLERS];    // what the task waits for was aborted
+bool marked[CALLERS];     // it is cancelled: each co_await throws
 byte waited[CALLERS];     // how many times it has waited
 bool answered[CALLERS];
 mtype callback[CALLERS];  // the caller's on_stop
@@ -84,7 +107,10 @@ bool stop_requested[CALLERS];
 
 chan queue = [8] of { mtype, byte };
 bool context_stopped;
-bool services_down;       // Context.destroy_parked has been there
+bool services_down;       // Context.destroy_parked was called
+short work;               // of the context: of foreign threads, and of destroyed operations, minus what was forgotten
+byte destroyed;           // tasks
+mtype emission = CANCELS;
 #ifdef LAZY
 #define EAGER false
 #else
@@ -116,23 +142,25 @@ bool closed;              // a closer is through with close_to_calls
 bool closer_done;
 byte inside;              // threads inside asio::post, but for the worker and foreign ones
 byte foreign_inside;
+bool was_away[CALLERS];   // the task has waited for something foreign
 bool in_start_memory[CALLERS], in_cancel_memory[CALLERS], in_core_memory, in_linger_memory;
 
 #ifdef MUTANT_closed_looked_at_before_count
 byte looked;  // shared: for one caller only
 #endif
 
+#define OUTSTANDING (len(queue) + work)    /* what Asio counts, once Core.settle has dropped the bridge's own work */
 #define touch(c) assert(alive[c])          /* somebody uses the call */
 #define touch_core assert(owners > 0)      /* somebody uses the Core */
 
-// --- Core's owners
+// --- Owners of the Core
 
 inline drop_owner() {
   d_step {
     touch_core;
     owners--;
     if
-    :: owners == 0 ->                      // ~Core, ~Context
+    :: owners == 0 ->                      // ~Core
       assert(inside == 0);
       assert(foreign_inside == 0);
       assert(CALLS(word) == 0 && POSTERS(word) == 0);
@@ -156,7 +184,7 @@ inline notify_all() {  // changed_.notify_all, with the mutex held
 
 // --- Gate
 
-inline enter(who, closed_bits) {  // Gate.enter: a failed compare-exchange looks again, so the last look decides
+inline enter(who, closed_bits) {  // Gate.enter
 #ifdef MUTANT_check_then_count
   ok = !(word & closed_bits);
   if :: ok -> word = word + who :: else fi
@@ -182,8 +210,8 @@ inline leave() {
   if :: (word & NO_POSTS) && POSTERS(word) == 1 -> gate_asleep = false :: else fi;
   word = word - POSTER;
 #else
-  d_step { touch_core; before = word; word = word - POSTER }     // Gate.leave: fetch_sub(poster)
-  if                                                             // Gate.leave: if (no_posts && the last) notify_all()
+  d_step { touch_core; before = word; word = word - POSTER }     // Gate.leave
+  if
 #ifdef MUTANT_no_notify
   :: false -> skip
 #else
@@ -197,19 +225,19 @@ inline leave() {
 }
 
 inline close_gate() {
-  d_step { seen = word; word = word | NO_CALLS | NO_POSTS }      // Gate.close: word = fetch_or(no_calls | no_posts)
+  d_step { seen = word; word = word | NO_CALLS | NO_POSTS }      // Gate.close
   do
 #ifdef MUTANT_posters_not_awaited
   :: true -> break
 #endif
-  :: POSTERS(seen) == 0 -> break                                 // Gate.close: posters(word) != 0
+  :: POSTERS(seen) == 0 -> break
   :: else ->
 #ifdef MUTANT_sleep_without_look
     gate_asleep = true;
 #endif
-    d_step { if :: word == seen -> gate_asleep = true :: else fi }  // Gate.close: word_.wait(word)
+    d_step { if :: word == seen -> gate_asleep = true :: else fi }
     !gate_asleep;
-    seen = word                                                  // Gate.close: word = word_.load()
+    seen = word
   od;
   seen = 0
 }
@@ -235,9 +263,9 @@ inline end_call(c) {
   if :: IS_DETACHED(c) -> alive[c] = false :: else fi;
 #endif
   d_step {
-    // One step: who uses the call after the last of these uses a dead one after the first as well.
-    touch(c);                                                    // Core.end_call: release_task(), waiter_, std::move(answer_)
-    if :: IS_DETACHED(c) -> alive[c] = false :: else fi          // Core.end_call: call.self_ .reset()
+    // One step: whatever uses the call after the last of these uses a dead one after the first, too.
+    touch(c);                                                    // Core.end_call
+    if :: IS_DETACHED(c) -> alive[c] = false :: else fi
   }
 #ifdef MUTANT_count_after_answer
   answer(c);
@@ -248,21 +276,21 @@ inline end_call(c) {
 #ifdef MUTANT_last_call_does_not_stop
   d_step { word = word - CALL; counted[c] = false }
 #else
-  d_step { touch_core; before = word; word = word - CALL; counted[c] = false }  // Gate.end_call: fetch_sub(call)
+  d_step { touch_core; before = word; word = word - CALL; counted[c] = false }  // Gate.end_call
 #ifdef MUTANT_stop_after_answer
   answer(c);
 #endif
 #ifdef MUTANT_closed_looked_at_before_count
   before = before - (before & NO_CALLS) + looked;
 #endif
-  if                                                             // Core.end_call: if (gate_.end_call()) context_.stop()
+  if                                                             // Core.end_call
   :: (before & NO_CALLS) && CALLS(before) == 1 -> touch_core; context_stopped = true
   :: else
   fi;
 #endif
   before = 0;
 #if !defined(MUTANT_answer_first) && !defined(MUTANT_count_after_answer) && !defined(MUTANT_stop_after_answer)
-  answer(c)                                                      // Core.end_call: answer.set_value()
+  answer(c)
 #endif
 #ifdef MUTANT_touch_after_answer
   ; touch(c)
@@ -270,22 +298,22 @@ inline end_call(c) {
 }
 
 inline drop_ticket(c) {
-  d_step { touch(c); last = tickets[c] == 1; tickets[c]-- }      // ~Ticket: tickets_.fetch_sub(1) == 1
-  if :: last -> last = false; end_call(c) :: else fi             // ~Ticket: core_->end_call(*call_)
+  d_step { touch(c); last = tickets[c] == 1; tickets[c]-- }      // ~Ticket
+  if :: last -> last = false; end_call(c) :: else fi
 }
 
 // --- Core.start, Core.post, Core.cancel, Core.cancel_calls
 
 inline start() {
   if
-  :: started                                                     // Core.start: if (started_.load()) return
+  :: started                                                     // Core.start
   :: else ->
 #ifdef MUTANT_start_checks_before_lock
     ok = !(word & NO_CALLS);
 #else
     ok = true;
 #endif
-    lock();                                                      // Core.start: lock(mutex_)
+    lock();
     if
 #ifdef MUTANT_start_checks_before_lock
     :: started || !ok -> skip
@@ -293,23 +321,23 @@ inline start() {
 #ifdef MUTANT_start_does_not_check
     :: started -> skip
 #else
-    :: started || (word & NO_CALLS) -> skip                      // Core.start: if (started_ || closed_to_calls()) return
+    :: started || (word & NO_CALLS) -> skip
 #endif
 #endif
 #ifdef NOTHREAD
-    :: !started && !(word & NO_CALLS) -> skip                    // Core.start: std::thread throws
+    :: !started && !(word & NO_CALLS) -> skip                    // Core.start: there is no thread to be had
     :: !started && !(word & NO_CALLS) ->
 #else
     :: else ->
 #endif
       assert(!closer_done);
-      d_step { owners++; thread_made = true }                    // Core.start: thread_ = std::thread([self = ...])
+      d_step { owners++; thread_made = true }
 #ifdef MUTANT_started_before_thread_is_noted
       unlock();
       lock();
 #endif
-      d_step { joinable = true; ended = false; joined = false }  // Core.start: ended_ = joined_ = false
-      started = true                                             // Core.start: started_.store(true)
+      d_step { joinable = true; ended = false; joined = false }
+      started = true
     fi;
     ok = false;
     unlock()
@@ -317,7 +345,7 @@ inline start() {
 }
 
 inline cancel(c) {
-  enter(POSTER, NO_POSTS);                                       // Core.cancel: if (!gate_.enter_post()) return
+  enter(POSTER, NO_POSTS);                                       // Core.cancel
   if
   :: !ok
   :: else ->
@@ -327,7 +355,7 @@ inline cancel(c) {
 #ifdef MUTANT_no_hold
     ok = true;
 #else
-    d_step {                                                     // Core.cancel: if (!call.hold()) return
+    d_step {
       touch(c);
       if
       :: tickets[c] == 0 -> ok = false
@@ -346,12 +374,12 @@ inline cancel(c) {
       d_step { touch(c); ok = !asked[c] }
       asked[c] = true;
 #else
-      d_step { touch(c); ok = !asked[c]; asked[c] = true }       // Core.cancel: if (!call.ask(why)) return
+      d_step { touch(c); ok = !asked[c]; asked[c] = true }
 #endif
 #endif
       if
       :: ok ->
-        post_in(EMIT, c, in_cancel_memory[c])                    // Core.cancel: post_in(call.cancel_memory_, t = ticket)
+        post_in(EMIT, c, in_cancel_memory[c])
 #ifdef MUTANT_ticket_not_in_post
         ; drop_ticket(c)
 #endif
@@ -362,7 +390,7 @@ inline cancel(c) {
         left_already = true
 #else
 #ifndef MUTANT_no_hold
-        drop_ticket(c)                                           // Core.cancel: ~Ticket
+        drop_ticket(c)                                           // Core.cancel, ~Ticket
 #else
         skip
 #endif
@@ -372,7 +400,7 @@ inline cancel(c) {
 #ifdef MUTANT_ticket_outlives_poster
     if :: left_already -> left_already = false :: else -> leave() fi;
 #else
-    leave();                                                     // Core.cancel: ~Poster
+    leave();                                                     // Core.cancel, ~Poster
 #endif
   fi;
   ok = false
@@ -383,17 +411,17 @@ inline cancel_calls() {
   ok = true;
   cancel_asked = true;
 #else
-  d_step { ok = !cancel_asked; cancel_asked = true }             // Core.cancel_calls: if (cancel_asked_.exchange(true)) return
+  d_step { ok = !cancel_asked; cancel_asked = true }             // Core.cancel_calls
 #endif
   if
   :: !ok
   :: else ->
-    enter(POSTER, NO_POSTS);                                     // Core.cancel_calls: if (!gate_.enter_post()) return
+    enter(POSTER, NO_POSTS);
     if
     :: !ok
     :: else ->
-      post_in(CANCEL_ALL, 0, in_core_memory);                    // Core.cancel_calls: post_in(cancel_memory_, ...)
-      leave()                                                    // Core.cancel_calls: ~Poster
+      post_in(CANCEL_ALL, 0, in_core_memory);
+      leave()                                                    // Core.cancel_calls, ~Poster
     fi
   fi;
   ok = false
@@ -403,12 +431,12 @@ inline stop() {
 #ifdef MUTANT_stop_cuts_settle_short
   context_stopped = true;
 #else
-  enter(POSTER, NO_POSTS);                                       // Core.stop: if (!gate_.enter_post()) return
+  enter(POSTER, NO_POSTS);                                       // Core.stop
   if
   :: !ok
   :: else ->
-    touch_core; context_stopped = true;                          // Core.stop: context_.stop()
-    leave()                                                      // Core.stop: ~Poster
+    touch_core; context_stopped = true;
+    leave()                                                      // Core.stop, ~Poster
   fi;
   ok = false
 #endif
@@ -431,19 +459,19 @@ active [CALLERS] proctype caller() {
 #ifdef MUTANT_no_poster
   enter(CALL, NO_CALLS);
 #else
-  enter(CALL + POSTER, NO_CALLS);                                // Core.post: if (!gate_.enter_call()) return dead
+  enter(CALL + POSTER, NO_CALLS);                                // Core.post
 #endif
   if
   :: !ok -> goto gone
   :: else -> d_step { assert(!late); admitted[c] = true; counted[c] = true }
   fi;
   ok = false;
-  start();                                                       // Core.post: start()
+  start();
 #ifdef MUTANT_leave_before_post
   leave();
 #endif
   if
-  :: !started -> drop_ticket(c)                                  // Core.post: if (!started_) return dead; ~Ticket
+  :: !started -> drop_ticket(c)                                  // Core.post, ~Ticket
 #ifdef MUTANT_started_not_checked
   :: !started -> skip
 #endif
@@ -453,11 +481,11 @@ active [CALLERS] proctype caller() {
     post_in(START, c, in_start_memory[c]);
     drop_ticket(c)
 #else
-    post_in(START, c, in_start_memory[c])                        // Core.post: post_in(call.start_memory_, t = ticket)
+    post_in(START, c, in_start_memory[c])
 #endif
   fi;
 #if !defined(MUTANT_no_poster) && !defined(MUTANT_leave_before_post)
-  leave();                                                       // Core.post: ~Poster
+  leave();                                                       // Core.post, ~Poster
 #endif
   if
   :: !sent -> goto gone
@@ -465,7 +493,7 @@ active [CALLERS] proctype caller() {
   :: else
   fi;
 
-  d_step {                                                       // block_on_until: std::stop_callback on_stop(stop, ...)
+  d_step {                                                       // block_on_until: registers a std::stop_callback
     if
     :: stop_requested[c] -> ok = true
     :: else -> callback[c] = REGISTERED
@@ -473,19 +501,19 @@ active [CALLERS] proctype caller() {
   }
   if :: ok -> cancel(c) :: else fi;                              // its constructor calls it if a stop was requested
   if
-  :: answered[c]                                                 // block_on_until: call.wait_until(deadline)
+  :: answered[c]                                                 // Call.wait_until
 #ifdef DEADLINE
   :: !answered[c] ->
-    cancel(c);                                                   // block_on_until: core->cancel(call, TimedOut)
-    answered[c]                                                  // block_on_until: call.wait()
+    cancel(c);                                                   // block_on_until: the deadline has passed
+    answered[c]                                                  // Call.wait
 #endif
   fi;
-  assert(!counted[c]);                                           // who has seen the answer does not find it in_flight
+  assert(!counted[c]);                                           // a call that was answered is not in_flight
   assert(tickets[c] == 0 && (task[c] == OVER || !started_task[c]));
 #ifdef MUTANT_call_dies_before_callback
   alive[c] = false;
 #endif
-  atomic {                                                       // block_on_until: ~stop_callback waits for one that runs
+  atomic {                                                       // ~stop_callback waits for one that runs
     callback[c] != CALLING;
     callback[c] = NONE
   }
@@ -493,9 +521,9 @@ active [CALLERS] proctype caller() {
 gone:
   assert(admitted[c] == answered[c]);                            // exactly the admitted calls are answered
   assert(sent || !started_task[c]);                              // WorkerDead means unrun
-  alive[c] = false;                                              // block_on_until: ~WaitedCall
+  alive[c] = false;                                              // ~WaitedCall
 left:
-  drop_owner()                                                   // block_on_until: ~shared_ptr<Core>
+  drop_owner()                                                   // block_on_until
 }
 
 #ifdef STOPPER
@@ -513,14 +541,14 @@ active proctype stopper() {
     :: else -> goto done
     fi
   }
-  cancel(0);                                                     // core->cancel(call, Cancelled)
+  cancel(0);                                                     // block_on_until: the stop_callback
   callback[0] = CALLED;
 done:
   skip
 }
 #endif
 
-// --- What a task waits for elsewhere: it comes back whenever it likes
+// --- What a task waits for elsewhere: it comes back at any time
 
 #ifdef FOREIGN
 active [CALLERS] proctype foreign() {
@@ -529,88 +557,163 @@ active [CALLERS] proctype foreign() {
 end:
   do
   :: task[c] == AWAY ->
-    foreign_inside++;                                            // it holds the context: an executor with outstanding work
+    // The handler of a task that comes back holds work of the context, and so does TaskCall.post_back for one that
+    // has ended elsewhere.
+#ifdef MUTANT_brought_back_without_work
+    foreign_inside++;
+#else
+    d_step { foreign_inside++; work++ }
+#endif
     atomic { touch_core; task[c] = READY; queue!RESUME,c }
+#ifdef MUTANT_brought_back_without_work
     d_step { touch_core; foreign_inside-- }
+#else
+    d_step { touch_core; work--; foreign_inside-- }
+#endif
   od
 }
 #endif
 
 // --- The worker
 
+#define SUSPENDED(c) (task[c] == PARKED || task[c] == LOST)
+#define RUNNING(c) (task[c] == READY || task[c] == AWAY || SUSPENDED(c))  /* Call.running_ is set */
+#define DUE(c) atomic { !context_stopped && !services_down && task[c] == PARKED -> task[c] = READY; queue!RESUME,c }
+
 inline park(c, state) {  // the task starts an operation and is suspended
-  assert(!services_down || state == AWAY);
-  d_step { waited[c]++; task[c] = state }
-}
-
-inline end_task(c) {
-  d_step { touch(c); task[c] = OVER }                            // ~Cancellable: running_ = nullptr, release_task()
-  drop_ticket(c)                                                 // drive: its parameter `ticket`, after its locals
-}
-
-inline step_task(c) {  // drive: the coroutine goes on, until it waits or is over
-  d_step { touch(c); assert(!closer_done) }
-  if
-  :: true -> end_task(c)
-  :: !aborted[c] && waited[c] < STEPS -> park(c, PARKED)
-#ifdef FOREVER
-  :: !aborted[c] && waited[c] < STEPS -> park(c, LOST)
-#endif
-#ifdef FOREIGN
-  :: !aborted[c] && waited[c] < STEPS -> park(c, AWAY)
-#endif
-  fi
-}
-
-inline emit(c) {  // Core.emit: signal.emit(terminal). An operation on this context completes; a foreign one may not care.
+  // What was cancelled does not get here, and services that are down are of no use.
+  assert(!services_down || will[c] == IGNORES);
   d_step {
-    aborted[c] = true;
+    waited[c]++;
+    was_away[c] = was_away[c] || state == AWAY;
     if
-    :: task[c] == PARKED || task[c] == LOST -> task[c] = READY; queue!RESUME,c
-    :: else
+    :: services_down && state == PARKED -> queue!RESUME,c        // a timer or a socket; LOST is a signal or a channel
+    :: else -> task[c] = state
     fi
   }
 }
 
-#define RUNNING(c) (task[c] == READY || task[c] == PARKED || task[c] == LOST || task[c] == AWAY)  /* call.running_ */
-#define DUE(c) atomic { !context_stopped && task[c] == PARKED -> task[c] = READY; queue!RESUME,c }  /* a timer, a socket */
-#define SUSPENDED(c) (task[c] == PARKED || task[c] == LOST)
+inline end_task(c) {  // TaskCall.drive, after the task
+  d_step {
+    touch(c);
+#ifdef MUTANT_value_after_destroying
+    value = true;
+#else
+    value = emission != MARKS;                                   // Core.has_destroyed
+#endif
+    assert(!value || !services_down);                            // what the task says then is worth nothing
+    value = false;
+    task[c] = OVER                                               // ~Cancellable
+  }
+  drop_ticket(c)
+}
+
+inline unwind_task(c) {  // the frames of a destroyed task go, from the innermost to that of TaskCall.drive
+  d_step { touch(c); task[c] = OVER; destroyed++ }               // ~Cancellable
+#ifdef MUTANT_answered_before_clear
+  drop_ticket(c);
+  touch(c)
+#else
+  touch(c);                                                      // ~Finished: nothing of the task stays in the signal
+  drop_ticket(c)
+#endif
+}
+
+#define MAY_WAIT(c) (waited[c] < STEPS && !marked[c] && !aborted[c])
+
+inline step_task(c) {  // the coroutine goes on, until it waits or is over
+  d_step {
+    touch(c);
+    assert(!closer_done);
+    if :: aborted[c] && will[c] == RETRIES -> will[c] = HEEDS; aborted[c] = false :: else fi
+  }
+  if
+  :: true -> end_task(c)
+  :: MAY_WAIT(c) -> park(c, PARKED)
+#if defined(FOREVER) || defined(STUBBORN)
+  :: MAY_WAIT(c) -> park(c, LOST)
+#endif
+#ifdef FOREIGN
+  :: MAY_WAIT(c) -> park(c, AWAY)
+#endif
+  fi
+}
+
+inline emit(c) {  // Core.emit. An operation on this context completes; a foreign one may not care.
+  touch(c);
+  assert(!services_down);                                        // no cancellation reaches what was destroyed
+  if
+  :: will[c] == IGNORES
+  :: else ->
+    if :: emission != ABORTS -> marked[c] = true :: else fi;     // Core.Remembers
+    if                                                           // Core.PassesOn
+    :: emission != MARKS && SUSPENDED(c) -> aborted[c] = true; task[c] = READY; queue!RESUME,c
+    :: else
+    fi
+  fi
+}
+
+// The gate is closed by now, so the worker has these to itself: one step each.
+
+inline emit_to_tasks(what) {  // Core.end_calls
+  d_step {
+    emission = what;
+    for (i : 0 .. CALLERS - 1) {                                 // Core.emit_to_all
+      if :: RUNNING(i) -> killed = true; emit(i) :: else fi
+    }
+    i = 0
+  }
+}
+
+inline destroy_parked() {  // Context.destroy_parked
+  atomic {
+#ifndef INSIDE_IS_FINE
+    assert(inside == 0);                                         // no thread of ours posts
+#endif
+    services_down = true;
+    for (i : 0 .. CALLERS - 1) {
+      if
+      :: SUSPENDED(i) ->
+        // One that has been away may have come back too late to be cancelled.
+        assert(will[i] == IGNORES || was_away[i]);
+        touch(i); task[i] = READY; queue!UNWIND,i;
+        if
+        :: work++
+#ifdef CHANNELS
+        :: true
+#endif
+        fi
+      :: else
+      fi
+    }
+    i = 0
+  }
+}
 
 active proctype worker() {
   mtype kind;
   mtype mode = RUN;
-  byte c, i, before, seen;
-  bool ok, last, idle, cancelled, was_abandoned, stepped;
+  byte c, i, before, seen, phase;
+  bool ok, last, value, was_abandoned, passed, others;
 
 end_never_made:
   thread_made;
 
 loop:
   if
-  :: mode == RUN ->                                              // Core.run: context_.run()
+  :: mode == RUN ->                                              // Core.run
     if
     :: context_stopped -> goto stopped
     :: !context_stopped && nempty(queue) -> goto take
-    :: DUE(0)
+    :: DUE(0)                                                    // a timer, a socket
 #if CALLERS > 1
     :: DUE(1)
 #endif
     fi;
     goto loop
-  :: mode == ABANDON_STEP ->
-    if :: stepped -> mode = ABANDON; goto abandon :: else fi;    // Core.abandon_calls: while (!all_have_stepped)
-    context_stopped = false;                                     // Core.abandon_calls: context_.restart()
-    if                                                           // Core.abandon_calls: context_.run_one()
-    :: context_stopped
-    :: !context_stopped && nempty(queue) -> goto take
-    :: DUE(0)
-#if CALLERS > 1
-    :: DUE(1)
-#endif
-    fi;
-    goto loop
-  :: mode == ABANDON -> goto abandon
-  :: mode == SETTLE -> goto settle
+  :: mode == READIES -> goto readies
+  :: mode == AWAITS -> goto awaits
+  :: mode == SETTLES -> goto settles
   fi;
 
 take:
@@ -622,29 +725,39 @@ take:
     :: kind == CANCEL_ALL -> in_core_memory = false
     :: kind == LINGERS -> in_linger_memory = false
     :: else
+    fi;
+    if
+    :: kind == PASSED -> passed = true
+    :: kind != PASSED && mode == READIES -> others = true
+    :: else
     fi
   }
   if
-  :: kind == START ->                                            // Core.post: the lambda
+  :: kind == START ->                                            // Core.post: the handler
 #ifndef MUTANT_cancelling_not_looked_at
-    if :: cancelling && !stopped_ -> asked[c] = true :: else fi; //   if (cancelling_ && !stopped_) ask(Cancelled)
+    if :: cancelling && !stopped_ -> asked[c] = true :: else fi;
 #endif
     if
 #ifdef MUTANT_stopped_not_looked_at
     :: !asked[c] ->
 #else
-    :: !stopped_ && !asked[c] ->                                 //   if (!stopped_ && asked_ == 0) start
+    :: !stopped_ && !asked[c] ->                                 // TaskCall.start
 #endif
       assert(!stopped_);
       started_task[c] = true;
       task[c] = READY;
+#ifdef STUBBORN
+      if :: will[c] = HEEDS :: c == 0 -> will[c] = RETRIES :: c == 0 -> will[c] = IGNORES fi;
+#else
+      will[c] = HEEDS;
+#endif
 #ifdef SELF
       if
-      :: c == 0 ->                                               // ~RuntimeBridge on the worker: shut_down(drain, min, last)
-        d_step { word = word | NO_CALLS; closed = true };        // Core.shut_down: close_to_calls()
-        stop();                                                  // Core.shut_down: stop()
-        lock();                                                  // Core.shut_down: !begin_wait; lock(mutex_)
-        if :: joinable -> d_step { joinable = false; joined = true } :: else fi;  // Core.shut_down: thread_.detach()
+      :: c == 0 ->                                               // ~RuntimeBridge, on the worker
+        d_step { word = word | NO_CALLS; closed = true };        // Core.shut_down
+        stop();
+        lock();
+        if :: joinable -> d_step { joinable = false; joined = true } :: else fi;
         unlock();
         drop_owner()
       :: else
@@ -653,43 +766,50 @@ take:
       step_task(c)
     :: else ->
       if :: !asked[c] -> killed = true :: else fi;
-      touch(c);                                                  //   else release_task()
-      drop_ticket(c)                                             //   ~Ticket
+      touch(c);                                                  // TaskCall.release_task
+      drop_ticket(c)
     fi
-  :: kind == EMIT ->                                             // Core.cancel: the lambda
-    if :: RUNNING(c) && !stopped_ -> emit(c) :: else fi;         //   if (running && !stopped_) emit(*running)
-#if !defined(MUTANT_ticket_not_in_post) && !defined(MUTANT_no_hold)
-    drop_ticket(c)                                               //   ~Ticket
+  :: kind == EMIT ->                                             // Core.cancel: the handler
+#ifdef MUTANT_cancelled_after_stop
+    d_step { if :: RUNNING(c) -> emit(c) :: else fi }
+#else
+    d_step { if :: RUNNING(c) && !stopped_ -> emit(c) :: else fi }
 #endif
-  :: kind == CANCEL_ALL ->                                       // Core.cancel_calls: the lambda
+#if !defined(MUTANT_ticket_not_in_post) && !defined(MUTANT_no_hold)
+    drop_ticket(c)
+#endif
+  :: kind == CANCEL_ALL ->                                       // Core.cancel_calls: the handler
     if
-    :: stopped_                                                  //   if (stopped_) return
+    :: stopped_
     :: else ->
-      cancelling = true;                                         //   cancelling_ = true
-      for (i : 0 .. CALLERS - 1) {                               //   emit_to_all: ask(Cancelled)
+      cancelling = true;
+      for (i : 0 .. CALLERS - 1) {                               // Core.emit_to_all
         if
         :: RUNNING(i) ->
-          d_step { touch(i); ok = !asked[i]; asked[i] = true }
-          if :: ok -> emit(i) :: else fi
+          d_step {
+            touch(i);
+            if :: !asked[i] -> asked[i] = true; emit(i) :: else fi
+          }
         :: else
         fi
       }
-      i = 0; ok = false
+      i = 0
     fi
   :: kind == RESUME -> step_task(c)
-  :: kind == STEPPED -> stepped = true                           // Core.abandon_calls: all_have_stepped = true
+  :: kind == UNWIND -> unwind_task(c)
+  :: kind == PASSED                                              // Core.run_what_is_ready: the handler
 #ifdef LINGER
-  :: kind == LINGERS ->                                          // Core.linger: the lambda
+  :: kind == LINGERS ->                                          // Core.linger: the handler
 progress_lingers:
     if
-    :: stopped_                                                  //   if (stopped_) return
-    :: !stopped_ -> in_linger_memory = true; queue!LINGERS,0     //   return linger()
-    :: !stopped_ -> lingering = false                            //   lingering_ = false
+    :: stopped_
+    :: !stopped_ -> in_linger_memory = true; queue!LINGERS,0     // once more
+    :: !stopped_ -> lingering = false
     fi
 #endif
   fi;
 #ifdef LINGER
-  if                                                             // Core.end_call: if (paid) keep_awake()
+  if                                                             // Core.keep_awake
   :: kind != LINGERS && !stopped_ && !lingering ->
     atomic { assert(!in_linger_memory); lingering = true; in_linger_memory = true; queue!LINGERS,0 }
   :: true
@@ -707,101 +827,141 @@ stopped:
   was_abandoned = CALLS(word) != 0;
 #endif
 #ifndef MUTANT_gate_closed_late
-  close_gate();                                                  // Core.run: gate_.close()
+  close_gate();                                                  // Core.run
 #endif
-  stopped_ = true;                                               // Core.run: stopped_ = true
+  stopped_ = true;
 #endif
 #ifndef MUTANT_abandoned_noted_before_close
-  was_abandoned = CALLS(word) != 0;                              // Core.run: abandoned = gate_.in_flight() != 0
+  was_abandoned = CALLS(word) != 0;
 #endif
-  if :: CALLS(word) == 0 -> goto begin_settle :: else fi;        // Core.abandon_calls: if (in_flight() == 0) return
-#ifndef MUTANT_no_step_before_abandon
-  queue!STEPPED,0;                                               // Core.abandon_calls: post_in(memory, ...)
-  mode = ABANDON_STEP;
-  goto loop;
-#else
-  mode = ABANDON;
+#ifdef MUTANT_destroy_first
+  destroy_parked();
 #endif
 
-abandon:
-  if :: CALLS(word) == 0 -> goto begin_settle :: else fi;        // Core.abandon_calls: for (; in_flight() != 0;)
-#ifndef INSIDE_IS_FINE
-  assert(inside == 0);                                           // "no thread of ours posts"
-#endif
-  services_down = true;
-  for (i : 0 .. CALLERS - 1) {                                   // Core.abandon_calls: destroy_parked()
-    if
-    :: SUSPENDED(i) -> killed = true; end_task(i)
-    :: else
-    fi
-  }
-  i = 0;
-#ifndef MUTANT_no_restart
-  context_stopped = false;                                       // Core.abandon_calls: context_.restart()
-#endif
-#ifndef MUTANT_emit_late
+end_calls:  // Core.end_calls
   if
-  :: !cancelled ->
-    cancelled = true;
-    for (i : 0 .. CALLERS - 1) {
-      if :: RUNNING(i) -> touch(i); killed = true; emit(i) :: else fi
-    }
-    i = 0
+  :: CALLS(word) == 0 -> goto settle
+  :: CALLS(word) != 0 && phase < ROUNDS ->
+    emit_to_tasks(ABORTS);
+    goto run_what_is_ready
+  :: else ->
+#if !defined(MUTANT_no_mark) && !defined(MUTANT_marked_after_destroying)
+    emit_to_tasks(MARKS);
+#endif
+    destroy_parked();
+#ifdef MUTANT_marked_after_destroying
+    emit_to_tasks(MARKS);
+#endif
+    phase = DESTROYED
+  fi;
+
+run_what_is_ready:  // Core.run_what_is_ready
+  mode = READIES;
+  d_step { passed = false; others = false; queue!PASSED,0 }
+
+readies:
+  if
+  :: passed && others -> goto run_what_is_ready
+  :: passed && !others ->
+    passed = false;
+    if
+    :: phase < ROUNDS -> phase++; goto end_calls
+    :: phase == DESTROYED -> goto awaits
+    :: phase == SETTLED -> goto end_run
+    fi
   :: else
   fi;
+#ifndef MUTANT_no_restart
+  context_stopped = false;                                       // Core.poll_one
 #endif
-  d_step { idle = context_stopped || empty(queue) }              // Core.abandon_calls: idle = poll_one() == 0
   if
-  :: !idle -> goto take
-  :: idle && !cancelled ->                                       // Core.abandon_calls: if (!cancelled)
-    idle = false;
-    cancelled = true;
-    for (i : 0 .. CALLERS - 1) {                                 // Core.abandon_calls: emit_to_all(stopped_ = true)
-      if :: RUNNING(i) -> touch(i); killed = true; emit(i) :: else fi
-    }
-    i = 0
-#ifndef MUTANT_emit_late
-  :: idle && CALLS(word) == 0 -> idle = false                    // without this, run_one would wait for nobody
-  :: idle && cancelled && CALLS(word) != 0 ->
-#else
-  :: idle && cancelled ->                                        // Core.abandon_calls: else if (idle) run_one()
-#endif
-    idle = false;
-#ifdef MUTANT_foreign_not_awaited
-    goto begin_settle
-#else
-    if
-    :: context_stopped
-    :: !context_stopped && nempty(queue) -> goto take
-    fi
+  :: context_stopped -> others = true                            // stopped again, by a user
+  // Without work Asio runs nothing, and this would wait for ever.
+  :: !context_stopped && nempty(queue) && (phase != SETTLED || OUTSTANDING != 0) -> goto take
+  :: DUE(0)
+#if CALLERS > 1
+  :: DUE(1)
 #endif
   fi;
-  goto abandon;
+  goto readies;
 
-begin_settle:
+awaits:  // Core.end_calls
+  if :: CALLS(word) == 0 -> goto settle :: else fi;
+#ifdef MUTANT_foreign_not_awaited
+  goto settle;
+#endif
+  if
+  :: mode != AWAITS ->
+    mode = AWAITS;
+#ifndef MUTANT_destroyed_not_reset
+    destroyed = 0
+#endif
+  :: else
+  fi;
+  context_stopped = false;                                       // Core.poll_one
+  if
+  :: !context_stopped && nempty(queue) -> goto take
+  :: context_stopped || empty(queue)
+  fi;
+#ifndef MUTANT_not_destroyed_again
+  destroy_parked();
+#endif
+  context_stopped = false;
+  if
+  :: !context_stopped && nempty(queue) -> goto take
+  :: context_stopped || empty(queue)
+  fi;
+  if :: CALLS(word) == 0 -> goto settle :: else fi;
+#ifndef MUTANT_no_restart_before_wait
+  context_stopped = false;
+#endif
+  if
+  :: context_stopped
+  :: !context_stopped && nempty(queue) -> goto take
+  fi;
+  goto awaits;
+
+settle:  // Core.settle
   assert(CALLS(word) == 0);
-  mode = SETTLE;
 #ifdef MUTANT_gate_closed_late
   close_gate();
 #endif
 #ifndef MUTANT_no_settle
-  context_stopped = false;                                       // Core.settle: context_.restart()
-  context_stopped || foreign_inside == 0;                        // Core.settle: context_.run_until(end)
+  context_stopped = false;
+  d_step {                                                       // Context.forget_operations
+    do
+    :: destroyed != 0 && OUTSTANDING != 0 -> work--; destroyed--
+    :: else -> break
+    od;
+    destroyed = 0
+  }
+  mode = SETTLES;
+
+settles:
+  if
+  :: context_stopped
+  :: OUTSTANDING == 0
+  :: !context_stopped && OUTSTANDING != 0 && nempty(queue) -> goto take
+  :: empty(queue) && foreign_inside == 0                         // 200 milliseconds are over
+  fi;
+#else
+settles:
 #endif
+  destroy_parked();
+  phase = SETTLED;
+  goto run_what_is_ready;
 
-settle:
-  if :: nempty(queue) -> goto take :: empty(queue) fi;           // Core.settle: poll_one() until it is 0
-
+end_run:
 #ifdef MUTANT_ended_without_notify
   lock(); ended = true; abandoned = was_abandoned; unlock();
 #else
-  lock();                                                        // Core.run: lock(mutex_)
-  ended = true;                                                  // Core.run: ended_ = true
-  abandoned = was_abandoned;                                     // Core.run: abandoned_ = abandoned
-  notify_all();                                                  // Core.run: changed_.notify_all()
+  lock();                                                        // Core.run
+  ended = true;
+  abandoned = was_abandoned;
+  notify_all();
   unlock();
 #endif
-  drop_owner();                                                  // Core.start: the thread's `self`
+  drop_owner();                                                  // Core.make_worker: the thread co-owns the Core
   thread_over = true
 }
 
@@ -827,23 +987,23 @@ inline shut_down(id, how) {
   if :: how == CANCEL -> cancel_calls() :: else fi;
 #endif
 #ifndef MUTANT_closed_after_end
-  d_step { touch_core; word = word | NO_CALLS; closed = true }   // Core.shut_down: close_to_calls()
+  d_step { touch_core; word = word | NO_CALLS; closed = true }   // Core.shut_down
 #endif
-  if :: how == CANCEL -> cancel_calls() :: else fi;              // Core.shut_down: cancel_calls()
-  if :: MAY_PASS -> passed = true :: true fi;                    // Core.shut_down: time_left(deadline) == none
+  if :: how == CANCEL -> cancel_calls() :: else fi;
+  if :: MAY_PASS -> passed = true :: true fi;
 #ifndef MUTANT_in_flight_before_close
-  seen = CALLS(word);                                            // Core.shut_down: in_flight() == 0
+  seen = CALLS(word);
 #endif
-  if :: seen == 0 || passed -> stop() :: else fi;                // Core.shut_down: stop()
+  if :: seen == 0 || passed -> stop() :: else fi;
   seen = 0;
-  lock();                                                        // Core.shut_down: lock(mutex_)
-  do                                                             // Core.shut_down: while (!ended_)
+  lock();
+  do
   :: ended -> break
   :: !ended && !passed && MAY_PASS -> passed = true
   :: !ended && passed ->
-    stop();                                                      // Core.shut_down: stop(); changed_.wait(ended_)
+    stop();
     do :: ended -> break :: else -> wait_changed(id) od
-  :: !ended && !passed ->                                        // Core.shut_down: changed_.wait_for(lock, left)
+  :: !ended && !passed ->
     d_step { asleep[id] = true; mutex = false }
     if
     :: atomic { !asleep[id] && !mutex -> mutex = true }
@@ -856,22 +1016,22 @@ inline shut_down(id, how) {
 #endif
   if
   :: joinable ->
-    joinable = false;                                            // Core.shut_down: thread = std::move(thread_)
+    joinable = false;
     unlock();
-    thread_over;                                                 // Core.shut_down: thread.join()
+    thread_over;
     lock();
-    joined = true;                                               // Core.shut_down: joined_ = true
+    joined = true;
 #ifndef MUTANT_joined_without_notify
-    notify_all()                                                 // Core.shut_down: changed_.notify_all()
+    notify_all()
 #endif
   :: else ->
 #ifndef MUTANT_join_not_awaited
-    do :: joined -> break :: else -> wait_changed(id) od         // Core.shut_down: changed_.wait(joined_)
+    do :: joined -> break :: else -> wait_changed(id) od
 #else
     skip
 #endif
   fi;
-  assert(!killed || abandoned);                                  // shutdown is true only if no call was cut short
+  assert(!killed || abandoned);                                  // shutdown is true only if no call was cut off
   unlock();
   d_step {
     assert(!thread_made || thread_over);                         // the worker is gone
