@@ -28,6 +28,7 @@ namespace {
 // So the workers are spared there. Where an exception is thrown through its coroutines Asio destroys some, so a
 // lasting shortage leaves the workers the memory for that: frames and handlers.
 constexpr bool initiations_may_fail = ASIO_VERSION >= 102300;
+constexpr bool cancellations_may_fail = ASIO_VERSION < 103400;
 
 // And newer versions (1.36, not 1.30) lose a block where they run out of memory while they make an io_context.
 constexpr long lost_by_asio = ASIO_VERSION > 103002 ? 1 : 0;
@@ -640,6 +641,7 @@ TEST_CASE("allocation: destroying the bridge under calls takes none") {
       second = bridge->submit([part = Part()] { return park(part); });
       await_calls(*bridge, 3);
     });
+    shortage.workers_spared = !cancellations_may_fail;
     scene.attempt([&] { bridge.reset(); });
     shortage.end();
     other.join();

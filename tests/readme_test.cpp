@@ -6,6 +6,7 @@
 #include <chrono>
 #include <stop_token>
 #include <string>
+#include <string_view>
 
 #include "support.hpp"
 
@@ -87,6 +88,26 @@ TEST_CASE("readme: an Asio operation") {
   unwrap(bridge.block_on(timer.async_wait(asio::deferred)));  // asio::experimental::deferred before Asio 1.24
 
   CHECK(timer.expiry() <= std::chrono::steady_clock::now());
+}
+
+namespace {
+
+awaitable<std::size_t> size_of(std::string_view text) {
+  co_await asio::post(use_awaitable);
+  co_return text.size();
+}
+
+}  // namespace
+
+TEST_CASE("readme: arguments that die at the first suspension") {
+  RuntimeBridge bridge;
+  const std::string key = "a name that is too long for the small string";
+
+  auto wrong = [&] { return size_of("prefix/" + key); };  // size_of takes a std::string_view: it dangles
+  auto right = [&, name = "prefix/" + key] { return size_of(name); };
+
+  static_cast<void>(wrong);
+  CHECK(bridge.block_on(right) == key.size() + 7);
 }
 
 TEST_CASE("readme: the trap of g++ 12") {
