@@ -99,6 +99,9 @@
 #define RUNTIME_BRIDGE_ABI v0_1_tl_expected
 #endif
 
+// The modules of a program share what the linker can unite, also where their own symbols are hidden.
+#pragma GCC visibility push(default)
+
 /// Calls asynchronous Asio code from synchronous code.
 ///
 /// A `RuntimeBridge` owns one worker thread that runs one private `asio::io_context`. `block_on` posts a task to it and
@@ -114,8 +117,9 @@
 ///
 /// *The end.* The destructor stops the worker at once; calls in flight are answered with `ResponseLost`.
 ///
-/// *Modules.* A bridge may be passed between the program and its plugins, whatever their symbols' visibility.
-namespace [[gnu::visibility("default")]] runtime_bridge {
+/// *Modules.* A bridge may be passed between the program and its plugins, whatever the visibility of their symbols. A
+/// plugin must not be unloaded before the bridges that it has called are gone: the worker runs its code.
+namespace runtime_bridge {
 inline namespace RUNTIME_BRIDGE_ABI {
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -972,11 +976,6 @@ class Core : public std::enable_shared_from_this<Core> {
     static thread_local constinit Core* core = nullptr;
     return core;
   }
-  static std::thread make_worker(std::shared_ptr<Core> core) {
-    core->context_.open_reactor();
-    const SignalsBlocked blocked;
-    return std::thread([self = std::move(core)] { self->run(); });
-  }
 
   static inline std::atomic<Core*> left_{nullptr};  // a list
   static inline std::atomic<unsigned> made_{0};
@@ -984,11 +983,10 @@ class Core : public std::enable_shared_from_this<Core> {
   const Options options_;
   const unsigned number_ = ++made_;  // tells it from others of the same name
 
-  // Of the module that made the bridge: others may have been loaded later, and may be gone earlier.
+  // Of the module that made the bridge, whichever calls it.
   const std::atomic<unsigned>& seen_forks_ = Forks::seen;
   std::mutex& ring_mutex_ = Forks::ring_mutex;
   Core*& (*const current_)() noexcept = current;  // the bridge whose worker this thread is, if that module made it
-  std::thread (*const make_worker_)(std::shared_ptr<Core>) = make_worker;
 
   const unsigned forks_ = Forks::count();
   const bool one_core_ = std::thread::hardware_concurrency() == 1;
@@ -1086,7 +1084,9 @@ inline void Core::start() {
   const std::lock_guard lock(mutex_);
   // `shut_down` closes the gate before it takes the lock: a worker that is made here is one that it will see.
   if (started_.load(std::memory_order_relaxed) || gate_.closed_to_calls()) return;
-  thread_ = make_worker_(shared_from_this());
+  context_.open_reactor();
+  const SignalsBlocked blocked;
+  thread_ = std::thread([self = shared_from_this()] { self->run(); });
   ended_ = joined_ = false;
   started_.store(true, std::memory_order_release);
 }
@@ -1940,10 +1940,12 @@ JoinHandle<detail::TaskValue<Task> > RuntimeBridge::submit(Task&& task) const {
 }
 
 }  // namespace RUNTIME_BRIDGE_ABI
-}  // namespace gnu::visibility("default")]]runtime_bridge
+}  // namespace runtime_bridge
 
 template <>
 struct std::is_error_code_enum<runtime_bridge::BridgeError::Kind> : std::true_type {};
+
+#pragma GCC visibility pop
 
 #endif  // Asio's coroutines
 #endif  // Asio's version
