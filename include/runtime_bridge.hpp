@@ -1356,6 +1356,7 @@ inline std::size_t Core::end_calls() noexcept {
   while (gate_.in_flight() != 0) {
     if (poll_one() != 0) continue;
     context_.destroy_parked();
+    if (poll_one() != 0) continue;
     context_.destroy_on_channels();
     if (poll_one() == 0 && gate_.in_flight() != 0) survive([&] { return context_.run_one(); });
   }

@@ -13,10 +13,11 @@
 //   for is aborted, and at the next co_await once it is marked as cancelled.
 // - A coroutine whose operation was destroyed is unwound by a handler that Asio posts for it.
 // - Timers and sockets that were shut down are ready at once; signals and channels can be waited for again.
-// - If a destroyed operation counted as work of the context, Asio never takes it off the count.
+// - A destroyed operation stays counted as work of the context, unless it was a channel's.
 // - The 200 milliseconds of Core.settle are enough for a foreign thread to let go of the context.
 // Not modelled: rings of waiting bridges, fork, raw handlers, coroutines that never wait, foreign executors that
-// destroy a task, and the caller's spin, which only looks at the answer.
+// destroy a task, and the caller's spin, which only looks at the answer; nor Context.remember_operations, as nothing
+// depends on the count of work after Core.settle has waited.
 //
 // Configurations, by macros:
 //   CALLERS, CLOSERS  how many; every caller has one call, and a call has its caller's number
@@ -28,12 +29,11 @@
 //   FOREVER           tasks may wait for something on this context that never comes
 //   FOREIGN           tasks may wait for something foreign
 //   STUBBORN          tasks may ignore cancellation, or try again once after what they wait for was aborted
-//   CHANNELS          with STUBBORN: what a destroyed task waited for may have been no work of the context
+//   CHANNELS          tasks may wait for a channel that nobody sends to
 //   DETACHED          the last caller has submitted and detached its call, and nobody else keeps it
 //   LINGER            the worker lingers after a call, for a while
 //   SELF              the task of call 0 destroys the bridge
 //   STEPS             how many times a task may wait (1)
-//   INSIDE_IS_FINE    allow that operations are destroyed while a thread is inside asio::post
 //   MUTANT_name       a mistake; tests/model/run lists them
 
 #ifndef CALLERS
@@ -61,8 +61,10 @@
 #else
 #define ROUNDS 3
 #endif
-#define DESTROYED 3  /* the worker's phase after the rounds */
-#define SETTLED 4    /* and its last one */
+// The worker's phases after the rounds.
+#define DESTROYED 3  /* what is parked, but for what waits for channels */
+#define ALL 4        /* that, too */
+#define SETTLED 5
 #ifdef DETACHED
 #define IS_DETACHED(c) ((c) == CALLERS - 1)
 #else
@@ -71,7 +73,8 @@
 
 mtype = { DRAIN, CANCEL, DTOR, STOP };                    // what a closer does
 mtype = { START, EMIT, CANCEL_ALL, RESUME, UNWIND, PASSED, LINGERS };  // handlers in the queue
-mtype = { QUEUED, READY, PARKED, LOST, AWAY, OVER };      // a task: LOST waits for what never comes, AWAY for something foreign
+// A task: LOST waits for what never comes, CHANNEL for a channel, AWAY for something foreign; DOOMED was destroyed.
+mtype = { QUEUED, READY, PARKED, LOST, CHANNEL, AWAY, DOOMED, OVER };
 mtype = { NONE, REGISTERED, CALLING, CALLED };            // a std::stop_callback
 mtype = { HEEDS, RETRIES, IGNORES };                      // what a task does when it is cancelled
 mtype = { RUN, READIES, AWAITS, SETTLES };                // what runs the worker's handlers: Core.run,
@@ -97,7 +100,7 @@ bool asked[CALLERS];
 mtype task[CALLERS];
 mtype will[CALLERS];
 bool aborted[CALLERS];    // what the task waits for was aborted
-bool marked[CALLERS];     // it is cancelled: each co_await throws
+bool marked[CALLERS];     // it knows that it is cancelled: each co_await throws
 byte waited[CALLERS];     // how many times it has waited
 bool answered[CALLERS];
 mtype callback[CALLERS];  // the caller's on_stop
@@ -109,7 +112,7 @@ chan queue = [8] of { mtype, byte };
 bool context_stopped;
 bool services_down;       // Context.destroy_parked was called
 short work;               // of the context: of foreign threads, and of destroyed operations, minus what was forgotten
-byte destroyed;           // tasks
+byte destroyed;           // tasks, since Core.end_calls marked them
 mtype emission = CANCELS;
 #ifdef LAZY
 #define EAGER false
@@ -149,7 +152,7 @@ bool in_start_memory[CALLERS], in_cancel_memory[CALLERS], in_core_memory, in_lin
 byte looked;  // shared: for one caller only
 #endif
 
-#define OUTSTANDING (len(queue) + work)    /* what Asio counts, once Core.settle has dropped the bridge's own work */
+#define OUTSTANDING (len(queue) + work)    /* what Asio counts, while Core.settle has dropped the bridge's own work */
 #define touch(c) assert(alive[c])          /* somebody uses the call */
 #define touch_core assert(owners > 0)      /* somebody uses the Core */
 
@@ -557,27 +560,32 @@ active [CALLERS] proctype foreign() {
 end:
   do
   :: task[c] == AWAY ->
-    // The handler of a task that comes back holds work of the context, and so does TaskCall.post_back for one that
-    // has ended elsewhere.
-#ifdef MUTANT_brought_back_without_work
-    foreign_inside++;
+    if
+    // The handler of a task that comes back holds work of the context.
+    :: d_step { foreign_inside++; work++ }
+      atomic { touch_core; task[c] = READY; queue!RESUME,c }
+      d_step { touch_core; work--; foreign_inside-- }
+    // TaskCall.post_back: who brings back a task that has ended elsewhere owns the Core.
+#ifdef MUTANT_brought_back_without_owner
+    :: foreign_inside++;
 #else
-    d_step { foreign_inside++; work++ }
+    :: d_step { touch_core; owners++ }
 #endif
-    atomic { touch_core; task[c] = READY; queue!RESUME,c }
-#ifdef MUTANT_brought_back_without_work
-    d_step { touch_core; foreign_inside-- }
+      atomic { touch_core; task[c] = READY; queue!RESUME,c }
+#ifdef MUTANT_brought_back_without_owner
+      d_step { touch_core; foreign_inside-- }
 #else
-    d_step { touch_core; work--; foreign_inside-- }
+      drop_owner()
 #endif
+    fi
   od
 }
 #endif
 
 // --- The worker
 
-#define SUSPENDED(c) (task[c] == PARKED || task[c] == LOST)
-#define RUNNING(c) (task[c] == READY || task[c] == AWAY || SUSPENDED(c))  /* Call.running_ is set */
+#define SUSPENDED(c) (task[c] == PARKED || task[c] == LOST || task[c] == CHANNEL)
+#define RUNNING(c) (task[c] == READY || task[c] == AWAY || task[c] == DOOMED || SUSPENDED(c))  /* Call.running_ is set */
 #define DUE(c) atomic { !context_stopped && !services_down && task[c] == PARKED -> task[c] = READY; queue!RESUME,c }
 
 inline park(c, state) {  // the task starts an operation and is suspended
@@ -587,7 +595,7 @@ inline park(c, state) {  // the task starts an operation and is suspended
     waited[c]++;
     was_away[c] = was_away[c] || state == AWAY;
     if
-    :: services_down && state == PARKED -> queue!RESUME,c        // a timer or a socket; LOST is a signal or a channel
+    :: services_down && state == PARKED -> queue!RESUME,c        // a timer or a socket; LOST is a signal
     :: else -> task[c] = state
     fi
   }
@@ -633,20 +641,23 @@ inline step_task(c) {  // the coroutine goes on, until it waits or is over
 #if defined(FOREVER) || defined(STUBBORN)
   :: MAY_WAIT(c) -> park(c, LOST)
 #endif
+#ifdef CHANNELS
+  :: MAY_WAIT(c) -> park(c, CHANNEL)
+#endif
 #ifdef FOREIGN
   :: MAY_WAIT(c) -> park(c, AWAY)
 #endif
   fi
 }
 
-inline emit(c) {  // Core.emit. An operation on this context completes; a foreign one may not care.
+inline emit(c, remembers) {  // Core.emit. An operation on this context completes; a foreign one may not care.
   touch(c);
   assert(!services_down);                                        // no cancellation reaches what was destroyed
   if
   :: will[c] == IGNORES
   :: else ->
-    if :: emission != ABORTS -> marked[c] = true :: else fi;     // Core.Remembers
-    if                                                           // Core.PassesOn
+    if :: remembers -> marked[c] = true :: else fi;              // Remembers
+    if                                                           // PassesOn
     :: emission != MARKS && SUSPENDED(c) -> aborted[c] = true; task[c] = READY; queue!RESUME,c
     :: else
     fi
@@ -659,32 +670,35 @@ inline emit_to_tasks(what) {  // Core.end_calls
   d_step {
     emission = what;
     for (i : 0 .. CALLERS - 1) {                                 // Core.emit_to_all
-      if :: RUNNING(i) -> killed = true; emit(i) :: else fi
+      if :: RUNNING(i) -> killed = true; emit(i, emission == MARKS) :: else fi
     }
     i = 0
   }
 }
 
+inline destroy(i) {
+  // One that has been away may have come back too late to be cancelled.
+  assert(will[i] == IGNORES || was_away[i]);
+  touch(i); task[i] = DOOMED; queue!UNWIND,i
+}
+
 inline destroy_parked() {  // Context.destroy_parked
-  atomic {
-#ifndef INSIDE_IS_FINE
+  d_step {
     assert(inside == 0);                                         // no thread of ours posts
-#endif
     services_down = true;
     for (i : 0 .. CALLERS - 1) {
-      if
-      :: SUSPENDED(i) ->
-        // One that has been away may have come back too late to be cancelled.
-        assert(will[i] == IGNORES || was_away[i]);
-        touch(i); task[i] = READY; queue!UNWIND,i;
-        if
-        :: work++
-#ifdef CHANNELS
-        :: true
-#endif
-        fi
-      :: else
-      fi
+      if :: SUSPENDED(i) && task[i] != CHANNEL -> destroy(i); work++ :: else fi
+    }
+    i = 0
+  }
+}
+
+inline destroy_on_channels() {  // Context.destroy_on_channels
+  d_step {
+    for (i : 0 .. CALLERS - 1) {
+      // What was destroyed before may use a channel when it is unwound.
+      assert(task[i] != DOOMED || phase == ALL);
+      if :: task[i] == CHANNEL -> destroy(i) :: else fi
     }
     i = 0
   }
@@ -693,7 +707,7 @@ inline destroy_parked() {  // Context.destroy_parked
 active proctype worker() {
   mtype kind;
   mtype mode = RUN;
-  byte c, i, before, seen, phase;
+  byte c, i, before, seen, phase, count, times;
   bool ok, last, value, was_abandoned, passed, others;
 
 end_never_made:
@@ -770,10 +784,10 @@ take:
       drop_ticket(c)
     fi
   :: kind == EMIT ->                                             // Core.cancel: the handler
-#ifdef MUTANT_cancelled_after_stop
-    d_step { if :: RUNNING(c) -> emit(c) :: else fi }
+#ifdef MUTANT_cancelled_after_destroying
+    d_step { if :: RUNNING(c) -> emit(c, true) :: else fi }
 #else
-    d_step { if :: RUNNING(c) && !stopped_ -> emit(c) :: else fi }
+    d_step { if :: RUNNING(c) && emission != MARKS -> emit(c, true) :: else fi }
 #endif
 #if !defined(MUTANT_ticket_not_in_post) && !defined(MUTANT_no_hold)
     drop_ticket(c)
@@ -788,7 +802,7 @@ take:
         :: RUNNING(i) ->
           d_step {
             touch(i);
-            if :: !asked[i] -> asked[i] = true; emit(i) :: else fi
+            if :: !asked[i] -> asked[i] = true; emit(i, true) :: else fi
           }
         :: else
         fi
@@ -848,9 +862,13 @@ end_calls:  // Core.end_calls
 #if !defined(MUTANT_no_mark) && !defined(MUTANT_marked_after_destroying)
     emit_to_tasks(MARKS);
 #endif
+    destroyed = 0;
     destroy_parked();
 #ifdef MUTANT_marked_after_destroying
     emit_to_tasks(MARKS);
+#endif
+#ifdef MUTANT_channels_with_the_rest
+    destroy_on_channels();
 #endif
     phase = DESTROYED
   fi;
@@ -866,7 +884,22 @@ readies:
     passed = false;
     if
     :: phase < ROUNDS -> phase++; goto end_calls
-    :: phase == DESTROYED -> goto awaits
+    :: phase == DESTROYED ->                                     // Core.end_calls
+#ifndef MUTANT_channels_counted
+      count = destroyed;
+#endif
+      destroy_on_channels();
+      phase = ALL;
+      goto run_what_is_ready
+    :: phase == ALL ->
+#ifdef MUTANT_channels_counted
+      count = destroyed;
+#endif
+      if :: CALLS(word) != 0 -> mode = AWAITS :: else -> goto settle fi;
+#ifdef MUTANT_foreign_not_awaited
+      goto settle;
+#endif
+      goto awaits
     :: phase == SETTLED -> goto end_run
     fi
   :: else
@@ -876,8 +909,7 @@ readies:
 #endif
   if
   :: context_stopped -> others = true                            // stopped again, by a user
-  // Without work Asio runs nothing, and this would wait for ever.
-  :: !context_stopped && nempty(queue) && (phase != SETTLED || OUTSTANDING != 0) -> goto take
+  :: !context_stopped && nempty(queue) -> goto take
   :: DUE(0)
 #if CALLERS > 1
   :: DUE(1)
@@ -886,16 +918,14 @@ readies:
   goto readies;
 
 awaits:  // Core.end_calls
-  if :: CALLS(word) == 0 -> goto settle :: else fi;
-#ifdef MUTANT_foreign_not_awaited
-  goto settle;
-#endif
   if
-  :: mode != AWAITS ->
-    mode = AWAITS;
-#ifndef MUTANT_destroyed_not_reset
-    destroyed = 0
+  :: CALLS(word) == 0 ->
+#ifdef MUTANT_counted_with_foreign
+    count = destroyed;
+#else
+    count = 0;
 #endif
+    goto settle
   :: else
   fi;
   context_stopped = false;                                       // Core.poll_one
@@ -905,16 +935,14 @@ awaits:  // Core.end_calls
   fi;
 #ifndef MUTANT_not_destroyed_again
   destroy_parked();
+  destroy_on_channels();
 #endif
-  context_stopped = false;
+  context_stopped = false;                                       // Core.poll_one
   if
   :: !context_stopped && nempty(queue) -> goto take
   :: context_stopped || empty(queue)
   fi;
-  if :: CALLS(word) == 0 -> goto settle :: else fi;
-#ifndef MUTANT_no_restart_before_wait
-  context_stopped = false;
-#endif
+  if :: CALLS(word) == 0 -> goto awaits :: else fi;
   if
   :: context_stopped
   :: !context_stopped && nempty(queue) -> goto take
@@ -930,16 +958,21 @@ settle:  // Core.settle
   context_stopped = false;
   d_step {                                                       // Context.forget_operations
     do
-    :: destroyed != 0 && OUTSTANDING != 0 -> work--; destroyed--
+    :: count != 0 && OUTSTANDING != 0 && !context_stopped -> work--; count--
     :: else -> break
     od;
-    destroyed = 0
+    count = 0
   }
   mode = SETTLES;
 
 settles:
   if
+#ifdef MUTANT_waits_once
   :: context_stopped
+#else
+  :: context_stopped && times == 2
+  :: context_stopped && times < 2 -> times++; context_stopped = false; goto settles
+#endif
   :: OUTSTANDING == 0
   :: !context_stopped && OUTSTANDING != 0 && nempty(queue) -> goto take
   :: empty(queue) && foreign_inside == 0                         // 200 milliseconds are over
