@@ -61,7 +61,6 @@
 #endif
 
 #include <pthread.h>
-#include <signal.h>
 
 #include <array>
 #include <atomic>
@@ -69,6 +68,7 @@
 #include <chrono>
 #include <concepts>
 #include <condition_variable>
+#include <csignal>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
@@ -243,7 +243,7 @@ class UnwrapError final : public std::system_error {
 inline std::string BridgeError::message() const { return "runtime_bridge: " + sentence(); }
 
 inline std::string BridgeError::sentence() const {
-  const std::string text = text_ ? std::string(text_.get()) : detail::error_category.message(kind_);
+  std::string text = text_ ? std::string(text_.get()) : detail::error_category.message(kind_);
   if (!cause_) return text;
   try {
     std::rethrow_exception(cause_);
@@ -332,18 +332,18 @@ struct AwaitableTraits : std::false_type {
   using Executor = asio::io_context::executor_type;
 };
 template <class T, class Ex>
-struct AwaitableTraits<asio::awaitable<T, Ex> > : std::true_type {
+struct AwaitableTraits<asio::awaitable<T, Ex>> : std::true_type {
   using Value = T;
   using Executor = Ex;
 };
 template <class T>
-inline constexpr bool is_awaitable = AwaitableTraits<std::remove_cvref_t<T> >::value;
+inline constexpr bool is_awaitable = AwaitableTraits<std::remove_cvref_t<T>>::value;
 
 using UseAwaitable = asio::use_awaitable_t<asio::io_context::executor_type>;
 
 template <class T>
 concept Operation =
-    !std::invocable<T> && std::invocable<T, UseAwaitable> && is_awaitable<std::invoke_result_t<T, UseAwaitable> >;
+    !std::invocable<T> && std::invocable<T, UseAwaitable> && is_awaitable<std::invoke_result_t<T, UseAwaitable>>;
 
 struct NotATask {};
 
@@ -382,7 +382,7 @@ consteval Refusal refusal_of() {
     return Refusal::no_task;
   } else {
     using Begun = decltype(begin<Task>(std::declval<std::remove_reference_t<Task>&>()));
-    using Traits = AwaitableTraits<std::remove_cvref_t<Begun> >;
+    using Traits = AwaitableTraits<std::remove_cvref_t<Begun>>;
     using Value = std::conditional_t<is_awaitable<Begun>, typename Traits::Value, Begun>;
     constexpr bool known_executor = std::is_same_v<typename Traits::Executor, asio::any_io_executor> ||
                                     std::is_same_v<typename Traits::Executor, asio::io_context::executor_type>;
@@ -437,9 +437,9 @@ struct TaskTraits {
 template <class Task>
 struct TaskTraits<Task, Refusal::none> {
   using Begun = decltype(begin<Task>(std::declval<std::remove_reference_t<Task>&>()));
-  using Executor = typename AwaitableTraits<std::remove_cvref_t<Begun> >::Executor;
+  using Executor = typename AwaitableTraits<std::remove_cvref_t<Begun>>::Executor;
   using Returned =
-      std::conditional_t<is_awaitable<Begun>, typename AwaitableTraits<std::remove_cvref_t<Begun> >::Value, Begun>;
+      std::conditional_t<is_awaitable<Begun>, typename AwaitableTraits<std::remove_cvref_t<Begun>>::Value, Begun>;
   using Value = std::remove_cv_t<Returned>;
 };
 
@@ -545,8 +545,8 @@ class Context : public asio::io_context {
   /// Destroys the operations that wait on channels. Last, as a coroutine that is destroyed may use one, to give back
   /// what it has borrowed from a pool for instance, and Asio's channels do not bear that afterwards.
   void destroy_on_channels() {
-    shut_down<asio::experimental::detail::channel_service<asio::detail::null_mutex> >();
-    shut_down<asio::experimental::detail::channel_service<asio::detail::mutex> >();
+    shut_down<asio::experimental::detail::channel_service<asio::detail::null_mutex>>();
+    shut_down<asio::experimental::detail::channel_service<asio::detail::mutex>>();
   }
 
   /// Forgets so many operations that were destroyed. Asio does not: a destroyed operation, unless it was a channel's,
@@ -1014,7 +1014,7 @@ class Core : public std::enable_shared_from_this<Core> {
   std::list<Running> spare_;
 
   Context context_;  // below what its handlers use when they are destroyed with it
-  std::optional<asio::executor_work_guard<asio::io_context::executor_type> > work_{context_.get_executor()};
+  std::optional<asio::executor_work_guard<asio::io_context::executor_type>> work_{context_.get_executor()};
 
   std::shared_ptr<Core> left_owner_;
   Core* left_before_ = nullptr;
@@ -1378,7 +1378,11 @@ inline void Core::run_what_is_ready() noexcept {
     OperationMemory memory;
     bool passed = false;
     post_in(memory, [&] { passed = true; });
-    for (handlers = 0; !passed; ++handlers) poll_one();
+    handlers = 0;
+    do {
+      poll_one();
+      ++handlers;
+    } while (!passed);
   }
 }
 
@@ -1480,7 +1484,7 @@ class ResultCall : public Call {
 /// A call of one kind of Task, which is borrowed from the caller (`Held` is a pointer) or the call's own (`Held` is a
 /// `std::optional`).
 template <class Task, class Held>
-class TaskCall final : public ResultCall<TaskValue<Task> > {
+class TaskCall final : public ResultCall<TaskValue<Task>> {
   using Traits = TaskTraits<Task>;
 
  public:
@@ -1537,7 +1541,7 @@ class TaskCall final : public ResultCall<TaskValue<Task> > {
   /// While it lives the task can be cancelled; with it, the task dies.
   class Cancellable {
    public:
-    Cancellable(Ticket ticket, TaskCall& call, Running& running) noexcept
+    Cancellable(Ticket& ticket, TaskCall& call, Running& running) noexcept
         : call_(call), running_(running), ticket_(std::move(ticket)) {
       call.running_ = &running;
       running.call = &call;
@@ -1579,7 +1583,7 @@ class TaskCall final : public ResultCall<TaskValue<Task> > {
   /// task's own frame is gone.
   static asio::awaitable<void, typename Traits::Executor> drive(Ticket ticket, TaskCall& self, Running& running) {
     Core& core = ticket.core();
-    Cancellable cancellable(std::move(ticket), self, running);
+    Cancellable cancellable(ticket, self, running);
     try {
       co_await asio::this_coro::reset_cancellation_state(Remembers{&running}, PassesOn{&running});
       self.stage_ = Call::Stage::running;
@@ -1636,12 +1640,12 @@ class TaskCall final : public ResultCall<TaskValue<Task> > {
 
 /// A call whose caller waits for it: it borrows a callable, and takes an awaitable.
 template <class Task>
-using WaitedCall = TaskCall<Task, std::conditional_t<is_awaitable<Task>, std::optional<std::remove_reference_t<Task> >,
-                                                     std::remove_reference_t<Task>*> >;
+using WaitedCall = TaskCall<Task, std::conditional_t<is_awaitable<Task>, std::optional<std::remove_reference_t<Task>>,
+                                                     std::remove_reference_t<Task>*>>;
 
 /// A call that owns its task.
 template <class Task>
-using SubmittedCall = TaskCall<std::decay_t<Task>, std::optional<std::decay_t<Task> > >;
+using SubmittedCall = TaskCall<std::decay_t<Task>, std::optional<std::decay_t<Task>>>;
 
 }  // namespace detail
 
@@ -1658,7 +1662,8 @@ class JoinHandle;
 ///
 /// *Lifetimes.* I/O objects built on the bridge's executor must be destroyed before the bridge, and must not be built
 /// by other threads while it is shut down: Asio adds its services without a lock then. The bridge may be destroyed by a
-/// task on its own worker: the worker then ends by itself, after that task's current step.
+/// task on its own worker: the worker then ends by itself, after that task's current step. In a part of a task that has
+/// gone on on another executor it would wait for that task.
 ///
 /// *fork.* In a child process every call is `WorkerDead`, and shutting down or destroying the bridge does nothing.
 class RuntimeBridge {
@@ -1736,8 +1741,8 @@ class RuntimeBridge {
   /// |--------------------------------------------------------------|---------------------------------------------|
   /// | the task returns, even if it was cancelled                   | its value                                   |
   /// | the task throws                                              | `ResponseLost`, with what it threw as cause |
-  /// | the task is destroyed before its end, because the worker is  | `ResponseLost`, no cause                    |
-  /// | stopped or because what it waits for goes away               |                                             |
+  /// | the worker is stopped under the task, or what the task waits | `ResponseLost`, no cause                    |
+  /// | for goes away                                                |                                             |
   /// | the bridge was shut down or moved from, its worker has ended | `WorkerDead`; the task is destroyed unrun   |
   /// | or lives in the parent process, or could not be started      |                                             |
   /// | (then with the cause)                                        |                                             |
@@ -1758,15 +1763,15 @@ class RuntimeBridge {
   /// Not for coroutines, which can `co_await`; not for work that only computes and so holds up all other calls; not for
   /// a task that waits for something that only the blocked caller could do.
   template <class Task>
-  [[nodiscard]] Result<detail::TaskValue<Task> > block_on(Task&& task, std::stop_token stop = {}) const {
+  [[nodiscard]] Result<detail::TaskValue<Task>> block_on(Task&& task, std::stop_token stop = {}) const {
     return block_on_until(std::forward<Task>(task), (detail::SteadyTime::max)(), std::move(stop));
   }
 
   /// `block_on` with a deadline: this long from now. Durations too long for the clock mean no deadline; with zero or
   /// less the task is not started.
   template <class Task, class Rep, class Period>
-  [[nodiscard]] Result<detail::TaskValue<Task> > block_on_for(Task&& task, std::chrono::duration<Rep, Period> timeout,
-                                                              std::stop_token stop = {}) const {
+  [[nodiscard]] Result<detail::TaskValue<Task>> block_on_for(Task&& task, std::chrono::duration<Rep, Period> timeout,
+                                                             std::stop_token stop = {}) const {
     return block_on_until(std::forward<Task>(task), detail::time_after(timeout), std::move(stop));
   }
 
@@ -1774,9 +1779,9 @@ class RuntimeBridge {
   /// steady and is set forward meanwhile may be noticed a second late. What the clock throws is thrown here, after the
   /// task was cancelled and is over.
   template <class Task, class Clock, class Duration>
-  [[nodiscard]] Result<detail::TaskValue<Task> > block_on_until(Task&& task,
-                                                                std::chrono::time_point<Clock, Duration> deadline,
-                                                                std::stop_token stop = {}) const {
+  [[nodiscard]] Result<detail::TaskValue<Task>> block_on_until(Task&& task,
+                                                               std::chrono::time_point<Clock, Duration> deadline,
+                                                               std::stop_token stop = {}) const {
     detail::assert_task<Task>();
     if constexpr (!detail::is_task<Task>) {
       return detail::refuse(BridgeError::WorkerDead, "not a Task");
@@ -1810,13 +1815,13 @@ class RuntimeBridge {
   /// The task is as for `block_on`, and so is what `JoinHandle::join` returns. Never waits, so it may be called on the
   /// worker itself. Throws `std::bad_alloc` like `block_on`.
   template <class Task>
-  JoinHandle<detail::TaskValue<Task> > submit(Task&& task) const;
+  JoinHandle<detail::TaskValue<Task>> submit(Task&& task) const;
 
   /// Admits no more calls, waits for those in flight, and ends the worker. Later calls are `WorkerDead`.
   ///
-  /// At `limit` the context is stopped and what is left is destroyed, its callers getting `ResponseLost`; false tells
-  /// that this has happened. What waits for something foreign is waited for even then. May be called from any thread,
-  /// again, and at the same time; each call may shorten the limit of the others. I/O objects may be destroyed
+  /// At `limit` the worker is stopped as by the destructor, and the callers that are left get `ResponseLost`; false
+  /// tells that this has happened. What waits for something foreign is waited for even then. May be called from any
+  /// thread, again, and at the same time; each call may shorten the limit of the others. I/O objects may be destroyed
   /// afterwards.
   ///
   /// On the worker itself, or where waiting for it would close a ring, it does not wait: the worker ends by itself once
@@ -1902,7 +1907,7 @@ class [[nodiscard]] JoinHandle {
  private:
   friend class RuntimeBridge;
 
-  JoinHandle(std::shared_ptr<detail::Core> core, std::shared_ptr<detail::ResultCall<T> > call) noexcept
+  JoinHandle(std::shared_ptr<detail::Core> core, std::shared_ptr<detail::ResultCall<T>> call) noexcept
       : core_(std::move(core)), call_(std::move(call)) {}
 
   bool wait_until(detail::SteadyTime deadline) const {
@@ -1914,12 +1919,12 @@ class [[nodiscard]] JoinHandle {
   }
 
   std::shared_ptr<detail::Core> core_;
-  std::shared_ptr<detail::ResultCall<T> > call_;
+  std::shared_ptr<detail::ResultCall<T>> call_;
   bool joined_ = false;  // `call_` stays, for other threads may be asking it to stop
 };
 
 template <class Task>
-JoinHandle<detail::TaskValue<Task> > RuntimeBridge::submit(Task&& task) const {
+JoinHandle<detail::TaskValue<Task>> RuntimeBridge::submit(Task&& task) const {
   constexpr bool can_be_kept = std::constructible_from<std::decay_t<Task>, Task>;
   detail::assert_task<Task>();
   static_assert(!detail::is_task<Task> || can_be_kept,
@@ -1929,7 +1934,7 @@ JoinHandle<detail::TaskValue<Task> > RuntimeBridge::submit(Task&& task) const {
     return {};
   } else {
     const std::shared_ptr<detail::Core> core = core_;
-    auto call = std::make_shared<detail::SubmittedCall<Task> >(std::in_place, std::forward<Task>(task));
+    auto call = std::make_shared<detail::SubmittedCall<Task>>(std::in_place, std::forward<Task>(task));
     call->keep(call);
     if (!core) {
       call->refuse({BridgeError::WorkerDead, nullptr, detail::literal("the bridge was moved from")});
