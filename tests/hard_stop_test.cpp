@@ -231,8 +231,6 @@ struct OwnProtocol {
   int type() const { return SOCK_STREAM; }
   int protocol() const { return 0; }
   int family() const { return AF_INET; }
-  friend bool operator==(const OwnProtocol&, const OwnProtocol&) { return true; }
-  friend bool operator!=(const OwnProtocol&, const OwnProtocol&) { return false; }
 };
 
 /// Looks up a name again and again, whatever comes in between, and ends the worker's loop after the first has begun.
