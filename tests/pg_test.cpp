@@ -797,8 +797,8 @@ const std::string table_name = "pg_test_" + std::to_string(getpid());  // severa
 
 struct Table {
   explicit Table(Database& on) : db(on) {
-    unwrap(db.execute("drop table if exists " + table_name + " cascade"));
-    unwrap(db.execute("create table " + table_name + " (n int)"));
+    (void)unwrap(db.execute("drop table if exists " + table_name + " cascade"));
+    (void)unwrap(db.execute("create table " + table_name + " (n int)"));
   }
   ~Table() {
     (void)db.execute("drop table " + table_name);
@@ -839,10 +839,11 @@ auto transaction(awaitable<T> (*body)(pg::Connection&)) {
 
 /// Makes COMMIT take a minute.
 void slow_down_commit(Database& db) {
-  unwrap(db.execute("create function " + table_name +
-                    "_slow() returns trigger language plpgsql as 'begin perform pg_sleep(60); return null; end'"));
-  unwrap(db.execute("create constraint trigger slow after insert on " + table_name +
-                    " deferrable initially deferred for each row execute function " + table_name + "_slow()"));
+  (void)unwrap(
+      db.execute("create function " + table_name +
+                 "_slow() returns trigger language plpgsql as 'begin perform pg_sleep(60); return null; end'"));
+  (void)unwrap(db.execute("create constraint trigger slow after insert on " + table_name +
+                          " deferrable initially deferred for each row execute function " + table_name + "_slow()"));
 }
 
 }  // namespace
@@ -882,7 +883,7 @@ TEST_CASE("pg: a connection lost during COMMIT, and before") {
       co_await task(*lease);
     });
     await_statements(observer, db.name, under_way, 1);
-    unwrap(observer.execute("select pg_terminate_backend($1)", pid));
+    (void)unwrap(observer.execute("select pg_terminate_backend($1)", pid));
     return failure(call.join());
   };
   CHECK(lose(transaction(insert_one), "commit") == "commit_unknown");
@@ -916,7 +917,7 @@ TEST_CASE("pg: a transaction whose backend does not answer costs the connection"
 
 TEST_CASE("pg: a bridge that is destroyed with statements in every state") {
   Database observer;
-  unwrap(observer.pid());
+  (void)unwrap(observer.pid());
   const std::string large(std::size_t{4} << 20, 'x');
   const std::size_t descriptors = descriptors_of_this_process();
   for (int round = 0; round < 10; ++round) {
@@ -952,7 +953,7 @@ TEST_CASE("pg: a bridge that is destroyed with statements in every state") {
     CHECK(steady_clock::now() - start < 1s);
     for (auto& call : calls) CHECK_FALSE(call.join().has_value());
     pool.reset();
-    unwrap(
+    (void)unwrap(
         observer.execute("select pg_terminate_backend(pid) from pg_stat_activity where application_name = $1", name));
   }
   await_state(
