@@ -199,6 +199,7 @@ TEST_CASE("destructor: waits for a task that is parked on something foreign") {
     gone = true;
   });
   CHECK(outcome(parked.join()) == response_lost);  // so it was destroyed
+  std::this_thread::sleep_for(250ms);              // longer than a stop waits for a thread that it knows nothing of
   CHECK_FALSE(gone);
   foreign.go_on();
   destroyer.join();

@@ -13,6 +13,7 @@
 #include <asio/read.hpp>
 #include <asio/signal_set.hpp>
 #include <asio/strand.hpp>
+#include <asio/this_coro.hpp>
 #include <asio/write.hpp>
 #include <atomic>
 #include <csignal>
@@ -300,6 +301,83 @@ TEST_CASE("hard stop: a cancellation that came before it is remembered") {
   bridge.reset();
   CHECK(polls.join() == 7);
   CHECK(tried == 1);
+}
+
+TEST_CASE("hard stop: a task that was to be cancelled, and throws when the bridge stops, is lost") {
+  auto bridge = std::make_unique<RuntimeBridge>();
+  std::atomic<bool> goes_on{false};
+  auto task = bridge->submit([&]() -> awaitable<void> {
+    try {
+      co_await park();
+    } catch (const std::system_error&) {
+    }
+    co_await asio::this_coro::reset_cancellation_state(asio::enable_total_cancellation());
+    goes_on = true;
+    co_await park();
+  });
+  await_calls(*bridge, 1);
+  task.request_stop();
+  await_state([&] { return goes_on.load(); });
+  bridge.reset();
+  CHECK(outcome(task.join()) == response_lost);
+}
+
+TEST_CASE("hard stop: a cancellation by shutdown that came before it is remembered") {
+  RuntimeBridge bridge;
+  std::atomic<int> waits{0};
+  auto polls = bridge.submit([&]() -> awaitable<int> {
+    co_await asio::this_coro::throw_if_cancelled(false);
+    asio::steady_timer timer(co_await asio::this_coro::executor, 24h);
+    while (++waits < 3) (void)co_await timer.async_wait(as_tuple_awaitable);
+    const auto state = co_await asio::this_coro::cancellation_state;
+    co_return state.cancelled() == asio::cancellation_type::none ? 8 : 7;
+  });
+  await_calls(bridge, 1);
+  const std::jthread shutter([&] { bridge.shutdown(Shutdown::cancel); });
+  await_state([&] { return waits == 2; });
+  CHECK_FALSE(bridge.shutdown(Shutdown::drain, 0s));
+  CHECK(polls.join() == 7);
+}
+
+TEST_CASE("hard stop: a task that tries again has its value") {
+  auto bridge = std::make_unique<RuntimeBridge>();
+  auto tries = bridge->submit([]() -> awaitable<int> {
+    for (int i = 0; i < 2; ++i) {
+      try {
+        co_await park();
+      } catch (const std::system_error&) {
+      }
+    }
+    co_return 8;
+  });
+  await_calls(*bridge, 1);
+  bridge.reset();
+  CHECK(tries.join() == 8);
+}
+
+TEST_CASE("hard stop: a task that comes back from something foreign and then waits for a channel is destroyed") {
+  for (const bool concurrent : {false, true}) {
+    auto bridge = std::make_unique<RuntimeBridge>();
+    Foreign foreign;
+    auto task = bridge->submit([&]() -> awaitable<void> {
+      co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+      auto visit = foreign.visit(1);
+      (void)co_await std::move(visit);
+      if (concurrent) {
+        ConcurrentChannel channel(co_await asio::this_coro::executor);
+        (void)co_await channel.async_receive(use_awaitable);
+      } else {
+        Channel channel(co_await asio::this_coro::executor);
+        (void)co_await channel.async_receive(use_awaitable);
+      }
+    });
+    auto parked = bridge->submit(park_stubbornly());
+    await_calls(*bridge, 2);
+    const std::jthread destroyer([&] { bridge.reset(); });
+    CHECK(outcome(parked.join()) == response_lost);  // so it was destroyed
+    foreign.go_on();
+    CHECK(outcome(task.join()) == response_lost);
+  }
 }
 
 TEST_CASE("hard stop: a task that only computes between its steps is told soon") {

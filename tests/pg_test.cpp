@@ -997,10 +997,13 @@ TEST_CASE("pg: a pool whose leases outlive it") {
   auto pool = std::make_optional<pg::Pool>(bridge.get_executor(), settings(), 2);
   const auto task = [&]() -> awaitable<int> {
     auto lease = co_await pool->acquire();
+    bool begun = false;
     JoinHandle<void> other = bridge.submit([&]() -> awaitable<void> {
+      begun = true;
       auto second = co_await pool->acquire();
       co_await second->query("select pg_sleep(0.05)");
     });
+    while (!begun) co_await asio::post(use_awaitable);
     co_await lease->query("select 1");
     pool.reset();
     while (!other.done()) co_await asio::post(use_awaitable);

@@ -138,7 +138,8 @@ TEST_CASE("stop: of a task that ends on its own before its cancellation gets to 
   });
   started.wait();
   task.request_stop();
-  task.detach();  // so nobody but the cancellation knows of it any more
+  task.detach();
+  task = {};  // so nobody but the cancellation knows of it any more
   may_end.release();
   CHECK(bridge.block_on([] {}));
 }

@@ -357,6 +357,7 @@ TEST_CASE("submit: a detached task is not stopped by its handle") {
       ++ended;
     });
     handle.detach();
+    CHECK(handle.done());
     handle.request_stop();
   }
   CHECK(bridge.in_flight() == 1);
