@@ -287,9 +287,12 @@ TEST_CASE("outcome: asking for a cancellation needs no memory") {
 TEST_CASE("outcome: without memory a task that ends on another thread tries again to come back") {
   const RuntimeBridge bridge;
   std::thread other;
+  std::binary_semaphore suspended(0);
   bool failed = false;
   const auto resume_there = [&](auto handler) {
+    asio::post(bridge.get_executor(), [&] { suspended.release(); });  // the worker is out of this by then
     other = std::thread([&, h = std::move(handler)]() mutable {
+      suspended.acquire();
       allocations_until_failure = 1;  // a thread without any memory of Asio's
       std::move(h)();
       failed = allocations_until_failure == 0;
