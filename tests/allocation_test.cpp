@@ -461,19 +461,19 @@ TEST_CASE("allocation: without memory for a bridge its constructor throws, and t
 
 TEST_CASE("allocation: without memory for a call it never was, and without memory for its task it is ResponseLost") {
   SECTION("on the worker's own executor") {
-    sweep(20, [](Scene& scene) { every_kind_of_task<Plain>(scene, Start::eager); });
+    sweep(16, [](Scene& scene) { every_kind_of_task<Plain>(scene, Start::eager); });
   }
   SECTION("on a lazy bridge") {
-    sweep(20, [](Scene& scene) { every_kind_of_task<Plain>(scene, Start::lazy); });
+    sweep(16, [](Scene& scene) { every_kind_of_task<Plain>(scene, Start::lazy); });
   }
   SECTION("on any_io_executor") {
     const auto scenario = [](Scene& scene) { every_kind_of_task<asio::any_io_executor>(scene, Start::eager); };
-    sweep(20, scenario, !initiations_may_fail);
+    sweep(16, scenario, !initiations_may_fail);
   }
 }
 
 TEST_CASE("allocation: cancelling takes none") {
-  sweep(15, [](Scene& scene) {
+  sweep(13, [](Scene& scene) {
     std::optional<RuntimeBridge> bridge;
     std::optional<std::stop_source> stop;
     if (!scene.attempt([&] { bridge.emplace(options()); }) || !scene.attempt([&] { stop.emplace(); })) return;
@@ -543,7 +543,7 @@ TEST_CASE("allocation: submitting") {
 }
 
 TEST_CASE("allocation: calls of workers, and the rings that they would close") {
-  sweep(30, [](Scene& scene) {
+  sweep(20, [](Scene& scene) {
     std::optional<RuntimeBridge> first;
     std::optional<RuntimeBridge> second;
     if (!scene.attempt([&] { first.emplace(options()); })) return;
@@ -617,13 +617,13 @@ TEST_CASE("allocation: shutting down takes none") {
     scene.call(b, dead, [&] { return b.submit(seven<Plain>(part)).join(); });
   };
   SECTION("drain") {
-    sweep(20, [&](Scene& scene) { scenario(scene, Shutdown::drain, false); });
+    sweep(16, [&](Scene& scene) { scenario(scene, Shutdown::drain, false); });
   }
   SECTION("cancel") {
-    sweep(20, [&](Scene& scene) { scenario(scene, Shutdown::cancel, false); });
+    sweep(16, [&](Scene& scene) { scenario(scene, Shutdown::cancel, false); });
   }
   SECTION("cancel, what is parked") {
-    sweep(20, [&](Scene& scene) { scenario(scene, Shutdown::cancel, true); });
+    sweep(16, [&](Scene& scene) { scenario(scene, Shutdown::cancel, true); });
   }
 }
 
