@@ -240,7 +240,10 @@ class UnwrapError final : public std::system_error {
 
 }  // namespace detail
 
-inline std::string BridgeError::message() const { return "runtime_bridge: " + sentence(); }
+inline std::string BridgeError::message() const {
+  std::string text = "runtime_bridge: ";
+  return text += sentence();
+}
 
 inline std::string BridgeError::sentence() const {
   std::string text = text_ ? std::string(text_.get()) : detail::error_category.message(kind_);
@@ -1281,9 +1284,12 @@ inline std::shared_ptr<const char> Core::name_ring(const Core& first) const {
     };
     bool ambiguous = is_namesake(*this);
     for (const Core* c = &first; c != this; c = c->waits_for_) ambiguous = ambiguous || is_namesake(*c);
-    return core.options_.thread_name + (ambiguous ? "#" + std::to_string(core.number_) : "");
+    std::string text = core.options_.thread_name;
+    if (ambiguous) text.append("#").append(std::to_string(core.number_));
+    return text;
   };
-  auto text = std::make_shared<std::string>("the call would wait for itself: " + name(*this));
+  auto text = std::make_shared<std::string>("the call would wait for itself: ");
+  *text += name(*this);
   for (const Core* c = &first; c != this; c = c->waits_for_) *text += " -> " + name(*c);
   *text += " -> " + name(*this);
   return {text, text->c_str()};
