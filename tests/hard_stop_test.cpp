@@ -253,7 +253,8 @@ TEMPLATE_TEST_CASE("hard stop: look-ups of names go on, and are waited for", "",
   RuntimeBridge bridge;
   int found = 0;
   auto task = bridge.submit(look_up<TestType>(bridge, found));
-  CHECK(outcome(task.join()) == response_lost);
+  const std::string result = outcome(task.join());
+  CHECK((result == "value" || result == response_lost));  // quick ones are over before anything is destroyed
   CHECK(found == 50);
 }
 
