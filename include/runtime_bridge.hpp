@@ -10,6 +10,42 @@
 #define RUNTIME_BRIDGE_VERSION_MINOR 1
 #define RUNTIME_BRIDGE_VERSION_PATCH 0
 
+// Contents. Each part knows only those above it.
+//
+//    0  What it is built on: Asio, expected, the platform. The only part with #if
+//    1  Errors and results: BridgeError, Result, unwrap
+//    2  Options
+//    3  Task traits: what a Task is, and what is wrong with what is none
+//    4  Time: deadlines without overflow
+//    5  Process: fork
+//    6  Handler memory: a post that cannot fail
+//    7  Gate: admits calls, counts them
+//    8  Context: the io_context, and the destruction of what waits on it
+//    9  Wait graph: which worker waits for which bridge
+//   10  Spin policy: how long to busy-wait before sleeping
+//   11  Call reference: the last one completes the call
+//   12  Cancellation signals: the worker's pool
+//   13  Call: where caller and worker meet
+//   14  Worker: thread, loop, stop
+//   15  Task call: the task and the value of a call
+//   16  RuntimeBridge and JoinHandle: the public face
+//
+// A call's way: RuntimeBridge::block_on -> Worker::block -> Worker::send -> (on the worker) Worker::begin ->
+// Call::start -> drive -> CallRef::~CallRef -> Worker::complete -> the caller wakes.
+//
+// Who may touch what:
+//
+//   - The worker thread owns the context, the cancellation signals, the mode, and the "worker's" part of each call.
+//     Anyone else posts to it.
+//   - The caller owns its call until `send`, and again once the call is completed. In between it only waits, and asks
+//     for cancellation. The promise orders the two.
+//   - Gate, fork counter, spin counters and a call's "shared" part are atomics: any thread.
+//   - The wait graph has one lock, the thread and its state (`Worker::mutex_`) another; they are never held together.
+//   - The Worker object is co-owned by the bridge, the thread, the handles and each call that is waited for.
+
+// =====================================================================================================================
+// 0. What it is built on
+
 // After an #error nothing else is compiled, so that the error is the only one.
 #if __cplusplus < 202002L
 #error "runtime_bridge needs C++20: compile with -std=c++20 or newer"
@@ -72,9 +108,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <forward_list>
 #include <functional>
 #include <future>
-#include <list>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -94,46 +130,135 @@
 #ifdef __cpp_lib_expected
 #include <expected>
 #define RUNTIME_BRIDGE_ABI v0_1_std_expected
+#define RUNTIME_BRIDGE_EXPECTED std
 #else
 #include <tl/expected.hpp>
 #define RUNTIME_BRIDGE_ABI v0_1_tl_expected
+#define RUNTIME_BRIDGE_EXPECTED tl
 #endif
 
-// The modules of a program share what the linker can unite, also where their own symbols are hidden.
+// Header-only by default. With RUNTIME_BRIDGE_SEPARATE_COMPILATION, defined for all files of a program, what needs most
+// time to compile is compiled once: by the one file that includes runtime_bridge/src.hpp.
+#ifdef RUNTIME_BRIDGE_SOURCE
+#define RUNTIME_BRIDGE_INLINE
+#define RUNTIME_BRIDGE_COMPILE_ONCE(...) template __VA_ARGS__;
+#elif defined(RUNTIME_BRIDGE_SEPARATE_COMPILATION)
+#define RUNTIME_BRIDGE_DECLARATIONS_ONLY
+#define RUNTIME_BRIDGE_INLINE
+#define RUNTIME_BRIDGE_COMPILE_ONCE(...) extern template __VA_ARGS__;
+#else
+#define RUNTIME_BRIDGE_INLINE inline
+#define RUNTIME_BRIDGE_COMPILE_ONCE(...)
+#endif
+
+// The modules of a program share what the linker can unite, even where their own symbols are hidden.
 #pragma GCC visibility push(default)
 
 /// Calls asynchronous Asio code from synchronous code.
 ///
 /// A `RuntimeBridge` owns one worker thread that runs one private `asio::io_context`. `block_on` posts a task to it and
-/// blocks the calling thread until the task is over. The caller may be any thread; its own event loop, if it has one,
-/// is never entered. Calls of several threads make progress side by side on the worker.
+/// blocks the calling thread until the task is over. Any thread may call; its own event loop, if it has one, is never
+/// entered. Calls from different threads run concurrently on the worker.
 ///
-/// *Errors.* What goes wrong with a call comes back as a `BridgeError` in its `Result`, and ends that call alone. Only
+/// *Errors.* A call that fails returns a `BridgeError` in its `Result`, and no other call is affected. Only
 /// `std::bad_alloc`, when there is no memory to make the call, is thrown.
 ///
-/// *The life of a call.* `Gate` admits it, `Core::post` carries it to the worker, `TaskCall::drive` runs the task, and
-/// the `Ticket` that goes along answers the caller from its destructor. A ticket cannot be lost: whether the task
-/// returns, throws, is destroyed or never starts, some destructor ends the call.
+/// *Shutdown.* The destructor stops the worker at once; calls in flight return `ResponseLost`.
 ///
-/// *The end.* The destructor stops the worker at once; calls in flight are answered with `ResponseLost`.
-///
-/// *Modules.* A bridge may be passed between the program and its plugins, whatever the visibility of their symbols. A
-/// plugin must not be unloaded before the bridges that it has called are gone: the worker runs its code.
+/// *Modules.* A bridge may be passed between the program and its plugins, whatever the visibility of their symbols. Do
+/// not unload a plugin before the bridges that it has called are destroyed: the worker runs its code.
 namespace runtime_bridge {
 inline namespace RUNTIME_BRIDGE_ABI {
+namespace detail {
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Errors and results
+namespace net = asio;
+
+template <class T, class E>
+using Expected = RUNTIME_BRIDGE_EXPECTED::expected<T, E>;
+using InPlace = RUNTIME_BRIDGE_EXPECTED::in_place_t;
+using RUNTIME_BRIDGE_EXPECTED::unexpected;
+
+using StopToken = std::stop_token;
+template <class Callback>
+using StopCallback = std::stop_callback<Callback>;
+
+/// What Asio throws.
+using AsioError = std::system_error;
+
+/// The service that opens the descriptors that all I/O of a context goes through.
+#ifdef ASIO_HAS_IO_URING_AS_DEFAULT
+using Reactor = net::detail::io_uring_service;
+#else
+using Reactor = net::detail::reactor;
+#endif
+
+/// The services that asynchronous operations wait in.
+template <class... Service>
+struct Services {};
+#ifdef ASIO_HAS_IO_URING
+using ParkingServices = Services<net::detail::signal_set_service, net::detail::io_uring_service, net::detail::reactor>;
+#else
+using ParkingServices = Services<net::detail::signal_set_service, net::detail::reactor>;
+#endif
+using ChannelServices = Services<net::experimental::detail::channel_service<net::detail::null_mutex>,
+                                 net::experimental::detail::channel_service<net::detail::mutex>>;
+
+/// Names this thread for debuggers and process lists, where the system has names for threads.
+inline void name_thread([[maybe_unused]] const std::string& name) noexcept {
+#ifdef __linux__
+  char text[16] = {};  // with the final zero, as many as Linux takes
+  name.copy(text, 15);
+  pthread_setname_np(pthread_self(), text);
+#endif
+}
+
+/// Tells the processor that this is a busy-wait.
+inline void pause() noexcept {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+/// Registers functions to be called around `fork`: before it, and after it in the parent and in the child. Returns an
+/// error number.
+inline int at_fork(void (*before)(), void (*parent)(), void (*child)()) noexcept {
+  return pthread_atfork(before, parent, child);
+}
+
+/// Blocks signals for this thread, and for those that it starts meanwhile. Not those of a fault, which are for the
+/// thread that commits it: blocked, they would end the process before the handlers of crash reporters and sanitizers.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() noexcept {
+    sigset_t signals;
+    sigfillset(&signals);
+    for (const int fault : {SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP}) sigdelset(&signals, fault);
+    pthread_sigmask(SIG_BLOCK, &signals, &before_);
+  }
+  SignalsBlocked(const SignalsBlocked&) = delete;
+  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+};
+
+}  // namespace detail
+
+// =====================================================================================================================
+// 1. Errors and results. Nothing here knows Asio.
 
 /// Why a call has no value: a kind to act on, and a cause and a message to report.
 class [[nodiscard]] BridgeError {
  public:
   enum Kind {
-    WorkerDead = 1,  ///< The task was not started: there is no worker to run it.
-    ResponseLost,    ///< The task threw, or was destroyed before its end.
-    TimedOut,        ///< The deadline passed; the task was cancelled and is over.
-    Cancelled,       ///< A stop was requested; the task was cancelled and is over.
-    WouldDeadlock,   ///< The task was not started: waiting for it could never end.
+    WorkerDead = 1,  ///< The task was not started: no worker can run it.
+    ResponseLost,    ///< The task threw, or was destroyed before it returned.
+    TimedOut,        ///< The deadline passed. The task was cancelled and has ended.
+    Cancelled,       ///< A stop was requested. The task was cancelled and has ended.
+    WouldDeadlock,   ///< The task was not started: the caller would wait for itself.
   };
 
   BridgeError() noexcept = default;
@@ -142,10 +267,10 @@ class [[nodiscard]] BridgeError {
 
   [[nodiscard]] Kind kind() const noexcept { return kind_; }
 
-  /// What the task threw, or what kept the worker from starting; null if nothing did.
+  /// What the task threw, or why the worker could not be started; null if neither happened.
   [[nodiscard]] std::exception_ptr cause() const noexcept { return cause_; }
 
-  /// One sentence for a log; it ends with the `what()` of the cause.
+  /// One sentence for a log. It ends with the `what()` of the cause.
   [[nodiscard]] std::string message() const;
 
   /// Errors of the same kind are equal, whatever their causes.
@@ -159,7 +284,7 @@ class [[nodiscard]] BridgeError {
   }
 
  private:
-  /// The message, without the name of this library before it.
+  /// The message without the library's name in front.
   [[nodiscard]] std::string sentence() const;
 
   Kind kind_ = ResponseLost;
@@ -196,23 +321,13 @@ class ErrorCategory final : public std::error_category {
 
 inline const ErrorCategory error_category;
 
-/// A sentence that needs no memory of its own.
-inline std::shared_ptr<const char> literal(const char* text) noexcept { return {std::shared_ptr<void>(), text}; }
+/// A string literal as the text of an error, without an allocation.
+inline std::shared_ptr<const char> static_text(const char* literal) noexcept {
+  return {std::shared_ptr<void>(), literal};
+}
 
-#ifdef __cpp_lib_expected
-template <class T, class E>
-using Expected = std::expected<T, E>;
-using std::unexpected;
-using InPlace = std::in_place_t;
-#else
-template <class T, class E>
-using Expected = tl::expected<T, E>;
-using tl::unexpected;
-using InPlace = tl::in_place_t;
-#endif
-
-inline unexpected<BridgeError> refuse(BridgeError::Kind kind, const char* why) {
-  return unexpected<BridgeError>({kind, nullptr, literal(why)});
+inline unexpected<BridgeError> failure(BridgeError::Kind kind, const char* why) {
+  return unexpected<BridgeError>({kind, nullptr, static_text(why)});
 }
 
 }  // namespace detail
@@ -221,7 +336,7 @@ inline std::error_code make_error_code(BridgeError::Kind kind) noexcept { return
 
 namespace detail {
 
-/// What `unwrap` throws. The text of a plain `std::system_error` would say the kind once more behind the message.
+/// What `unwrap` throws. A plain `std::system_error` would add the text of the kind to a message that has it already.
 class UnwrapError final : public std::system_error {
  public:
   explicit UnwrapError(const BridgeError& error)
@@ -245,6 +360,7 @@ inline std::string BridgeError::message() const {
   return text += sentence();
 }
 
+// Here, because it needs UnwrapError.
 inline std::string BridgeError::sentence() const {
   std::string text = text_ ? std::string(text_.get()) : detail::error_category.message(kind_);
   if (!cause_) return text;
@@ -259,7 +375,7 @@ inline std::string BridgeError::sentence() const {
   }
 }
 
-/// The outcome of a call: `std::expected` where the standard library has it, else `tl::expected`.
+/// The outcome of a call: `std::expected` if the standard library has it, else `tl::expected`.
 template <class T>
 using Result = detail::Expected<T, BridgeError>;
 
@@ -272,10 +388,10 @@ namespace detail {
 
 }  // namespace detail
 
-/// The value of a call, for callers who want exceptions.
+/// The value of a call, for callers that want exceptions.
 ///
-/// Without a value it rethrows the task's own exception (`ResponseLost` with a cause), else throws a
-/// `std::system_error` whose code is the error's kind and whose text is its message.
+/// If there is no value, rethrows the task's own exception (`ResponseLost` with a cause), or throws a
+/// `std::system_error` whose code is the error's kind and whose `what()` is its message.
 template <class T>
 requires(!std::is_void_v<T>) [[nodiscard]] T unwrap(Result<T>&& result) {
   if (!result.has_value()) detail::throw_error(result.error());
@@ -297,10 +413,13 @@ template <class T>
 T unwrap(const Result<T>& result) = delete;  // The value can only be moved: write unwrap(std::move(result)).
 // clang-format on
 
+// =====================================================================================================================
+// 2. Options
+
 /// When the worker thread is made.
 enum class Start {
-  eager,  ///< By the constructor, which fails if it cannot be had.
-  lazy,   ///< By the first call, which is `WorkerDead` if it cannot be had; the next call tries again.
+  eager,  ///< By the constructor, which throws if that fails.
+  lazy,   ///< By the first call, which returns `WorkerDead` if that fails; the next call tries again.
 };
 
 /// What `shutdown` does with the calls in flight.
@@ -313,46 +432,47 @@ struct Options {
   /// The worker's name in debuggers and process lists; cut to what the system takes (15 bytes on Linux).
   std::string thread_name = "runtime-bridge";
   Start start = Start::eager;
-  /// Gets, on the worker, each exception that escapes a raw handler on the bridge's context. What the hook itself
-  /// throws is dropped, and so is the exception where there is no hook.
+  /// Called on the worker with each exception that escapes a raw handler on the bridge's context. What it throws itself
+  /// is dropped, and so is the exception if there is no hook.
   std::function<void(std::exception_ptr)> on_stray_exception = nullptr;
-  /// The longest that a thread spins before it sleeps: a caller while its call is the only one in flight, even past its
-  /// deadline, and after a call that was spun for the worker, which still serves whatever else comes. With several
-  /// calls in flight the callers yield instead, up to 64 times. Whoever spins yields in between as well, unless the
-  /// threads that it yields to are found to compute. Nobody spins where that has lately been in vain, on a machine with
-  /// one core, and at zero.
+  /// The longest time that a thread busy-waits before it sleeps. A caller busy-waits while its call is the only one in
+  /// flight, even past its deadline. After such a call so does the worker, which still serves everything else. With
+  /// several calls in flight callers yield instead, up to 64 times. Busy-waiting threads yield in between, unless the
+  /// threads that they yield to turn out to compute. Nobody busy-waits if that has failed lately, on a machine with one
+  /// core, or if this is zero.
   std::chrono::microseconds spin_limit{100};
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
-// Tasks
+// =====================================================================================================================
+// 3. Task traits. What is no Task gives one sentence, and no other error.
 
 namespace detail {
 
 template <class T>
 struct AwaitableTraits : std::false_type {
   using Value = T;
-  using Executor = asio::io_context::executor_type;
+  using Executor = net::io_context::executor_type;
 };
 template <class T, class Ex>
-struct AwaitableTraits<asio::awaitable<T, Ex>> : std::true_type {
+struct AwaitableTraits<net::awaitable<T, Ex>> : std::true_type {
   using Value = T;
   using Executor = Ex;
 };
 template <class T>
 inline constexpr bool is_awaitable = AwaitableTraits<std::remove_cvref_t<T>>::value;
 
-using UseAwaitable = asio::use_awaitable_t<asio::io_context::executor_type>;
+using UseAwaitable = net::use_awaitable_t<net::io_context::executor_type>;
 
+/// An Asio operation that waits for its completion token.
 template <class T>
 concept Operation =
     !std::invocable<T> && std::invocable<T, UseAwaitable> && is_awaitable<std::invoke_result_t<T, UseAwaitable>>;
 
 struct NotATask {};
 
-/// What `begin` gives: an awaitable to be driven, or, for a plain callable, the value itself.
+/// Calls the task: gives the awaitable that is to be run, or the value of a plain callable.
 template <class Task>
-decltype(auto) begin(std::remove_reference_t<Task>& task) {
+decltype(auto) invoke_task(std::remove_reference_t<Task>& task) {
   if constexpr (is_awaitable<Task>) {
     return std::remove_cvref_t<Task>(std::move(task));
   } else if constexpr (std::invocable<Task>) {
@@ -363,8 +483,10 @@ decltype(auto) begin(std::remove_reference_t<Task>& task) {
     return NotATask{};
   }
 }
+template <class Task>
+using Invoked = decltype(invoke_task<Task>(std::declval<std::remove_reference_t<Task>&>()));
 
-/// An awaitable of another Asio, told by its members, as its headers need not be there.
+/// An awaitable of another Asio, recognised by its members, since its headers may not be included.
 template <class T>
 concept OtherAwaitable = !is_awaitable<T> && requires(std::remove_cvref_t<T> & t) {
   typename std::remove_cvref_t<T>::value_type;
@@ -372,24 +494,23 @@ concept OtherAwaitable = !is_awaitable<T> && requires(std::remove_cvref_t<T> & t
   t.await_ready();
 };
 
-enum class Refusal { none, not_given_up, other_asio, no_task, executor, reference, not_started, immovable };
+enum class Refusal { none, not_moved, other_asio, no_task, executor, reference, not_started, immovable };
 
-/// Why a type is not a Task. It looks at one thing at a time, so that nothing fails but the assertion that tells of it.
+/// Why a type is not a Task. Tests one thing at a time, so that nothing fails but the assertion that explains it.
 template <class Task>
 consteval Refusal refusal_of() {
   if constexpr (is_awaitable<Task> && std::is_lvalue_reference_v<Task>) {
-    return Refusal::not_given_up;
+    return Refusal::not_moved;
   } else if constexpr (OtherAwaitable<Task>) {
     return Refusal::other_asio;
   } else if constexpr (!is_awaitable<Task> && !std::invocable<Task> && !Operation<Task>) {
     return Refusal::no_task;
   } else {
-    using Begun = decltype(begin<Task>(std::declval<std::remove_reference_t<Task>&>()));
-    using Traits = AwaitableTraits<std::remove_cvref_t<Begun>>;
-    using Value = std::conditional_t<is_awaitable<Begun>, typename Traits::Value, Begun>;
-    constexpr bool known_executor = std::is_same_v<typename Traits::Executor, asio::any_io_executor> ||
-                                    std::is_same_v<typename Traits::Executor, asio::io_context::executor_type>;
-    if constexpr (OtherAwaitable<Begun>) {
+    using Traits = AwaitableTraits<std::remove_cvref_t<Invoked<Task>>>;
+    using Value = std::conditional_t<Traits::value, typename Traits::Value, Invoked<Task>>;
+    constexpr bool known_executor = std::is_same_v<typename Traits::Executor, net::any_io_executor> ||
+                                    std::is_same_v<typename Traits::Executor, net::io_context::executor_type>;
+    if constexpr (OtherAwaitable<Invoked<Task>>) {
       return Refusal::other_asio;
     } else if constexpr (!known_executor) {
       return Refusal::executor;
@@ -408,11 +529,11 @@ consteval Refusal refusal_of() {
 template <class Task>
 inline constexpr bool is_task = refusal_of<Task>() == Refusal::none;
 
-/// Says what is wrong with what is no Task. Where it is called nothing else is wrong with it.
+/// Says what is wrong with a type that is not a Task. The functions that use it then have nothing else wrong with them.
 template <class Task>
 constexpr void assert_task() {
   constexpr Refusal refusal = refusal_of<Task>();
-  static_assert(refusal != Refusal::not_given_up,
+  static_assert(refusal != Refusal::not_moved,
                 "runtime_bridge: an awaitable runs once, so give it up: block_on(std::move(task))");
   static_assert(refusal != Refusal::other_asio,
                 "runtime_bridge: this awaitable is another library's, such as boost::asio::awaitable: give an "
@@ -436,46 +557,160 @@ template <class Task, Refusal refusal = refusal_of<Task>()>
 struct TaskTraits {
   using Value = void;
 };
-
 template <class Task>
 struct TaskTraits<Task, Refusal::none> {
-  using Begun = decltype(begin<Task>(std::declval<std::remove_reference_t<Task>&>()));
-  using Executor = typename AwaitableTraits<std::remove_cvref_t<Begun>>::Executor;
-  using Returned =
-      std::conditional_t<is_awaitable<Begun>, typename AwaitableTraits<std::remove_cvref_t<Begun>>::Value, Begun>;
-  using Value = std::remove_cv_t<Returned>;
+  using Called = std::remove_cvref_t<Invoked<Task>>;  // an awaitable, or a value
+  using Value = std::remove_cv_t<typename AwaitableTraits<Called>::Value>;
 };
 
+/// The type of a Task's value; void for what is no Task.
 template <class Task>
 using TaskValue = typename TaskTraits<Task>::Value;
 
-// ---------------------------------------------------------------------------------------------------------------------
-// The worker and its parts
+// =====================================================================================================================
+// 4. Time
 
-class Core;
+/// Nanoseconds that do not overflow, for sums with any duration that a caller may give.
+using Exact = std::chrono::duration<long double, std::nano>;
+
+/// The time until `deadline`: zero if it has passed, and at most one hour. Long waits are made in steps, so that no sum
+/// overflows. A clock that can be set is read every second.
+template <class Clock, class Duration>
+std::chrono::nanoseconds time_left(const std::chrono::time_point<Clock, Duration>& deadline) {
+  constexpr std::chrono::seconds step(Clock::is_steady ? 3600 : 1);
+  if (deadline == (deadline.max)()) return step;  // most calls have no deadline: do not read the clock for them
+  const Exact left = Exact(deadline.time_since_epoch()) - Exact(Clock::now().time_since_epoch());
+  if (!(left > Exact::zero())) return std::chrono::nanoseconds::zero();
+  return left < step ? std::chrono::ceil<std::chrono::nanoseconds>(left) : step;
+}
+
+template <class Clock, class Duration>
+bool has_passed(const std::chrono::time_point<Clock, Duration>& deadline) {
+  return time_left(deadline) == std::chrono::nanoseconds::zero();
+}
+
+using SteadyTime = std::chrono::steady_clock::time_point;
+
+/// The time at `duration` from now; the clock's last time if that is later than the clock can represent.
+template <class Rep, class Period>
+SteadyTime time_after(const std::chrono::duration<Rep, Period>& duration) {
+  const SteadyTime now = std::chrono::steady_clock::now();
+  const Exact exact(duration);
+  if (!(exact > Exact::zero())) return now;
+  if (exact >= Exact((SteadyTime::max)() - now)) return (SteadyTime::max)();
+  return now + std::chrono::ceil<std::chrono::nanoseconds>(exact);
+}
+
+// =====================================================================================================================
+// 5. Process
+
+/// Counts the forks between the process that made a bridge and this one. A forked child has the bridge's memory but not
+/// its worker, and locks that other threads held during the fork stay locked there.
+///
+/// Each module has its own counter (a plugin beside the program, for example, if the linker does not unite their
+/// symbols). A bridge uses the counter of the module that made it, whichever module calls it.
+class ForkCounter {
+ public:
+  ForkCounter() {
+    if (failed_) throw std::system_error(failed_, std::generic_category(), "runtime_bridge: pthread_atfork");
+  }
+
+  /// Whether this process is a fork of the one that made this object.
+  bool forked() const noexcept { return made_at_ != forks_.load(std::memory_order_relaxed); }
+
+ private:
+  static inline std::atomic<unsigned> all_forks_{0};
+
+  // Registered before main, and not when first needed: if another thread held the guard of a function's static during
+  // the fork, the guard would stay locked in the child.
+  static inline const int failed_ =
+      at_fork(nullptr, nullptr, [] { all_forks_.fetch_add(1, std::memory_order_relaxed); });
+
+  const std::atomic<unsigned>& forks_ = all_forks_;
+  const unsigned made_at_ = forks_.load(std::memory_order_relaxed);
+};
+
+// =====================================================================================================================
+// 6. Handler memory
+
+/// Memory for one posted handler, inside the call that posts it: posting then needs no allocation and cannot fail.
+class HandlerMemory {
+ public:
+  void* allocate(std::size_t size) { return size <= bytes_.size() ? bytes_.data() : ::operator new(size); }
+  void deallocate(void* memory) noexcept {
+    if (memory != bytes_.data()) ::operator delete(memory);
+  }
+
+ private:
+  alignas(std::max_align_t) std::array<std::byte, 128> bytes_;
+};
+
+template <class T>
+class HandlerAllocator {
+ public:
+  using value_type = T;
+
+  explicit HandlerAllocator(HandlerMemory& memory) noexcept : memory_(&memory) {}
+  template <class U>
+  HandlerAllocator(const HandlerAllocator<U>& other) noexcept : memory_(other.memory_) {}
+
+  T* allocate(std::size_t n) { return static_cast<T*>(memory_->allocate(n * sizeof(T))); }
+  void deallocate(T* p, std::size_t) noexcept { memory_->deallocate(p); }
+  bool operator==(const HandlerAllocator&) const noexcept = default;
+
+ private:
+  template <class U>
+  friend class HandlerAllocator;
+
+  HandlerMemory* memory_;
+};
+
+// =====================================================================================================================
+// 7. Gate
 
 /// Admits calls, counts them, and keeps the context from being shut down while a thread is inside `asio::post`.
 ///
-/// It is one word, so that no call slips in between a check and a count. Bits: closed to calls, closed to posts, the
-/// number of threads that are posting, the number of calls in flight.
+/// One atomic word, so that no call slips in between a check and a count. Bits: closed to calls, closed to posts, the
+/// number of threads that are posting, the number of calls in flight. A closed gate stays closed. `Loop` is what is
+/// stopped when the gate is closed to calls and none is left.
+template <class Loop>
 class Gate {
  public:
-  /// Counts a call and its poster, unless the gate is closed to calls.
-  bool enter_call() noexcept { return enter(call + poster, no_calls); }
+  /// Leave to post. For a call, it also counts the call.
+  class Admission {
+   public:
+    Admission(const Admission&) = delete;
+    Admission& operator=(const Admission&) = delete;
+    ~Admission() {
+      if (!gate_) return;
+      if (counts_call_) gate_->end_call();
+      gate_->end_post();
+    }
 
-  /// Counts a poster, unless the gate is closed to posts. For a post on behalf of a call that was admitted before.
-  bool enter_post() noexcept { return enter(poster, no_posts); }
+    explicit operator bool() const noexcept { return gate_; }
 
-  /// The poster is through. Pairs with `close`, which may be waiting for it.
-  void leave() noexcept {
-    const std::uint64_t before = word_.fetch_sub(poster);
-    if ((before & no_posts) && posters(before) == 1) word_.notify_all();
-  }
+    /// The call was sent: it is uncounted when it is completed.
+    void sent() noexcept { counts_call_ = false; }
 
-  /// A call is over. True if it was the last one of a closed gate.
-  bool end_call() noexcept {
+   private:
+    friend class Gate;
+    Admission(Gate* gate, bool counts_call) noexcept : gate_(gate), counts_call_(counts_call) {}
+
+    Gate* gate_;  // null if the gate was closed
+    bool counts_call_;
+  };
+
+  explicit Gate(Loop& loop) noexcept : loop_(loop) {}
+
+  Admission admit_call() noexcept { return {enter(call + poster, no_calls) ? this : nullptr, true}; }
+
+  /// Leave to post for a call that was admitted, or for the bridge itself.
+  Admission admit_post() noexcept { return {enter(poster, no_posts) ? this : nullptr, false}; }
+
+  /// A call is over.
+  void end_call() noexcept {
     const std::uint64_t before = word_.fetch_sub(call);
-    return (before & no_calls) && calls(before) == 1;
+    if ((before & no_calls) && calls(before) == 1) loop_.stop();
   }
 
   void close_to_calls() noexcept { word_.fetch_or(no_calls); }
@@ -495,458 +730,56 @@ class Gate {
   static constexpr std::uint64_t poster = 4;
   static constexpr std::uint64_t call = std::uint64_t{1} << 32;
 
-  bool enter(std::uint64_t who, std::uint64_t closed) noexcept {
+  bool enter(std::uint64_t counts, std::uint64_t closed) noexcept {
     std::uint64_t word = word_.load(std::memory_order_relaxed);
     do {
       if (word & closed) return false;
-    } while (!word_.compare_exchange_weak(word, word + who));
+    } while (!word_.compare_exchange_weak(word, word + counts));
     return true;
+  }
+
+  // Wakes `close`, which may be waiting for this poster.
+  void end_post() noexcept {
+    const std::uint64_t before = word_.fetch_sub(poster);
+    if ((before & no_posts) && posters(before) == 1) word_.notify_all();
   }
 
   static std::uint64_t posters(std::uint64_t word) noexcept { return (word % call) / poster; }
   static std::size_t calls(std::uint64_t word) noexcept { return word / call; }
 
+  Loop& loop_;
   std::atomic<std::uint64_t> word_{0};
 };
 
-/// The service that opens the descriptors that all I/O of a context goes through.
-#ifdef ASIO_HAS_IO_URING_AS_DEFAULT
-using Reactor = asio::detail::io_uring_service;
-#else
-using Reactor = asio::detail::reactor;
-#endif
+// =====================================================================================================================
+// 8. Context
 
-/// The `io_context`, with the things that the worker needs and Asio keeps to itself.
-class Context : public asio::io_context {
+/// The `io_context` and its loop, with what the worker needs and Asio keeps to itself. No exception leaves the loop:
+/// what escapes a raw handler goes to the hook. Apart from `post`, all of it is for the worker.
+class Context : public net::io_context {
  public:
-  /// Takes the reactor's descriptors now. Asio would take them with the first timer or socket, and fail in the user's
-  /// hands. Until then the context keeps its faster wait without a reactor.
+  using Hook = std::function<void(std::exception_ptr)>;
+
+  explicit Context(const Hook& on_stray_exception) : on_stray_exception_(on_stray_exception) {}
+
+  /// Opens the reactor's descriptors now. Asio would open them with the first timer or socket, and that would be what
+  /// fails. Until this is called the context uses a faster wait without a reactor.
   void open_reactor() {
     try {
-      asio::use_service<Reactor>(*this);
-    } catch (const std::system_error& e) {
+      net::use_service<Reactor>(*this);
+    } catch (const AsioError& e) {
       // Asio's own category compares equal to no std::errc in some versions.
       throw std::system_error(e.code().value(), std::system_category(), "runtime_bridge: no reactor");
     }
   }
 
-  /// Destroys every operation of Asio's that waits on this context, but for those on channels, and with it the
-  /// coroutines that await it. What is queued to run stays queued, for the loop to run. Timers and sockets are of no
-  /// use afterwards.
-  ///
-  /// Not by `asio::execution_context::shutdown`. That shuts down the scheduler as well, which empties its queue without
-  /// its lock: a foreign thread that posts just then would corrupt it. And it shuts down the resolvers, which crash
-  /// when they are used afterwards. A look-up that is under way is on a thread of Asio's, and thus foreign.
-  void destroy_parked() {
-    shut_down<asio::detail::signal_set_service>();
-#ifdef ASIO_HAS_IO_URING
-    shut_down<asio::detail::io_uring_service>();
-#endif
-    shut_down<asio::detail::reactor>();
-  }
-
-  /// Destroys the operations that wait on channels. Last, as a coroutine that is destroyed may use one, to give back
-  /// what it has borrowed from a pool for instance, and Asio's channels do not bear that afterwards.
-  void destroy_on_channels() {
-    shut_down<asio::experimental::detail::channel_service<asio::detail::null_mutex>>();
-    shut_down<asio::experimental::detail::channel_service<asio::detail::mutex>>();
-  }
-
-  /// Forgets so many operations that were destroyed. Asio does not: a destroyed operation, unless it was a channel's,
-  /// leaves its work behind, and the loop would never run out of it. Returns how many there were to forget.
-  std::size_t forget_operations(std::size_t number) {
-    std::size_t forgotten = 0;
-    for (; forgotten < number && !stopped(); ++forgotten) scheduler().work_finished();
-    return forgotten;
-  }
-
-  /// Takes that back.
-  void remember_operations(std::size_t number) {
-    for (; number != 0; --number) scheduler().work_started();
-  }
-
- private:
-  asio::detail::io_context_impl& scheduler() { return asio::use_service<asio::detail::io_context_impl>(*this); }
-
-  template <class Service>
-  void shut_down() {
-    if (asio::has_service<Service>(*this)) asio::use_service<Service>(*this).shutdown();
-  }
-};
-
-/// Counts the forks between the process that made a bridge and this one. The child of a fork has the bridge's memory
-/// but not its worker, and locks that other threads held stay locked there for ever.
-///
-/// Each module has this once: a plugin beside the program, if the linker does not unite their symbols. A bridge uses
-/// that of the module that made it, whichever calls it.
-struct Forks {
-  static unsigned count() {
-    if (failed) throw std::system_error(failed, std::generic_category(), "runtime_bridge: pthread_atfork");
-    return seen.load(std::memory_order_relaxed);
-  }
-
-  static inline std::atomic<unsigned> seen{0};
-  static inline std::mutex ring_mutex;  // guards Core::waits_for_ of all bridges that the module made
-
-  // Before main, and not where it is needed first: the guard of a function's static stays locked in a child if another
-  // thread holds it during the fork.
-  static inline const int failed = pthread_atfork([] { ring_mutex.lock(); }, [] { ring_mutex.unlock(); },
-                                                  [] {
-                                                    ring_mutex.unlock();
-                                                    seen.fetch_add(1, std::memory_order_relaxed);
-                                                  });
-};
-
-/// Keeps signals from this thread, and from those that it starts meanwhile. But for those of a fault, which are for the
-/// thread that commits it: blocked they would end the process past the handlers of crash reporters and sanitizers.
-class SignalsBlocked {
- public:
-  SignalsBlocked() noexcept {
-    sigset_t signals;
-    sigfillset(&signals);
-    for (const int fault : {SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGSYS, SIGTRAP}) sigdelset(&signals, fault);
-    pthread_sigmask(SIG_BLOCK, &signals, &before_);
-  }
-  SignalsBlocked(const SignalsBlocked&) = delete;
-  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
-  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-
- private:
-  sigset_t before_;
-};
-
-/// Memory for one posted operation, inside the call that posts it: posting then needs no allocation and cannot fail.
-class OperationMemory {
- public:
-  void* take(std::size_t size) { return size <= bytes_.size() ? bytes_.data() : ::operator new(size); }
-  void give_back(void* memory) noexcept {
-    if (memory != bytes_.data()) ::operator delete(memory);
-  }
-
- private:
-  alignas(std::max_align_t) std::array<std::byte, 128> bytes_;
-};
-
-template <class T>
-struct OperationAllocator {
-  using value_type = T;
-
-  explicit OperationAllocator(OperationMemory& m) noexcept : memory(&m) {}
-  template <class U>
-  OperationAllocator(const OperationAllocator<U>& other) noexcept : memory(other.memory) {}
-
-  T* allocate(std::size_t n) { return static_cast<T*>(memory->take(n * sizeof(T))); }
-  void deallocate(T* p, std::size_t) noexcept { memory->give_back(p); }
-  bool operator==(const OperationAllocator&) const noexcept = default;
-
-  OperationMemory* memory;
-};
-
-/// Nanoseconds that do not overflow, for sums with whatever a caller gives.
-using Exact = std::chrono::duration<long double, std::nano>;
-
-/// The time until `deadline`: none if it has passed, and else not more than an hour. Long waits are taken in steps, so
-/// that no sum overflows, and a clock that can be set is looked at every second.
-template <class Clock, class Duration>
-std::chrono::nanoseconds time_left(const std::chrono::time_point<Clock, Duration>& deadline) {
-  constexpr std::chrono::seconds step(Clock::is_steady ? 3600 : 1);
-  if (deadline == (deadline.max)()) return step;  // without a look at the clock, for most calls have no deadline
-  const Exact left = Exact(deadline.time_since_epoch()) - Exact(Clock::now().time_since_epoch());
-  if (!(left > Exact::zero())) return std::chrono::nanoseconds::zero();
-  return left < step ? std::chrono::ceil<std::chrono::nanoseconds>(left) : step;
-}
-
-using SteadyTime = std::chrono::steady_clock::time_point;
-
-/// The time after `duration` from now; the clock's last time if that is further off than the clock can tell.
-template <class Rep, class Period>
-SteadyTime time_after(const std::chrono::duration<Rep, Period>& duration) {
-  const SteadyTime now = std::chrono::steady_clock::now();
-  const Exact exact(duration);
-  if (!(exact > Exact::zero())) return now;
-  if (exact >= Exact((SteadyTime::max)() - now)) return (SteadyTime::max)();
-  return now + std::chrono::ceil<std::chrono::nanoseconds>(exact);
-}
-
-/// Whether to spin, judged by how the last times ended: after each that was in vain twice as many are left out, up to
-/// 255. It is a guess, so races between callers do no harm.
-class Experience {
- public:
-  bool encourages() noexcept {
-    const unsigned left = left_out_.load(std::memory_order_relaxed);
-    if (left != 0) left_out_.store(left - 1, std::memory_order_relaxed);
-    return left == 0;
-  }
-
-  void learn(bool success) noexcept {
-    const unsigned before = turns_.load(std::memory_order_relaxed);
-    const unsigned turns = success ? 1 : before < 256 ? 2 * before : before;
-    turns_.store(turns, std::memory_order_relaxed);
-    left_out_.store(turns - 1, std::memory_order_relaxed);
-  }
-
- private:
-  std::atomic<unsigned> turns_{1};  // of so many one is taken
-  std::atomic<unsigned> left_out_{0};
-};
-
-/// Tells the processor that this is a spin.
-inline void pause() noexcept {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-class Ticket;
-struct Running;
-
-/// A call in flight. It lives where its caller waits, or with its `JoinHandle`; the worker writes its outcome here
-/// before it answers.
-class Call {
- public:
-  Call(const Call&) = delete;
-  Call& operator=(const Call&) = delete;
-  virtual ~Call() = default;
-
-  void wait() const noexcept { answered_.wait(); }
-
-  /// Waits for the answer until `deadline`, of whatever clock. False if it did not come.
-  template <class Clock, class Duration>
-  bool wait_until(const std::chrono::time_point<Clock, Duration>& deadline) const {
-    while (deadline != (deadline.max)()) {
-      const std::chrono::nanoseconds left = time_left(deadline);
-      if (answered_.wait_for(left) == std::future_status::ready) return true;
-      if (left == std::chrono::nanoseconds::zero()) return false;
-    }
-    answered_.wait();
-    return true;
-  }
-
-  /// For a submitted call, which lives until it is over even if nobody waits for it.
-  void keep(std::shared_ptr<Call> self) noexcept { self_ = std::move(self); }
-
-  /// Answers a call that was not sent.
-  void refuse(BridgeError error) {
-    tickets_ = 0;  // it is over: a stop must not post for it
-    release_task();
-    self_.reset();
-    refusal_ = std::move(error);
-    if (!answered()) answer_.set_value();
-  }
-
-  /// Leaves a submitted call to itself. Its handle keeps it, as other threads may be asking the handle.
-  void detach() noexcept { detached_.store(true, std::memory_order_relaxed); }
-  bool detached() const noexcept { return detached_.load(std::memory_order_relaxed); }
-
-  bool answered() const noexcept {
-    return answered_.wait_for(std::chrono::nanoseconds::zero()) == std::future_status::ready;
-  }
-
-  /// Why there is no value. For a call that was answered without one.
-  BridgeError error() const {
-    if (refusal_) return *refusal_;
-    const int asked = asked_.load();
-    // A task that was destroyed with its coroutine suspended was neither cancelled nor failed.
-    const bool ended = cause_ || stage_ == Stage::queued;
-    if (asked != 0 && ended && !cut_off_) return {static_cast<BridgeError::Kind>(asked), cause_};
-    if (cause_ && !cut_off_) return {BridgeError::ResponseLost, cause_, literal("the task threw")};
-    if (stage_ == Stage::starting) {
-      return {BridgeError::ResponseLost, std::make_exception_ptr(std::bad_alloc()), literal("the task did not start")};
-    }
-    return {BridgeError::ResponseLost, nullptr,
-            literal(abandoned_ ? "the worker was stopped under the task" : "the task was destroyed before its end")};
-  }
-
- protected:
-  enum class Stage { queued, starting, running };
-
-  Call() = default;
-
-  Stage stage_ = Stage::queued;
-  std::exception_ptr cause_;
-  Running* running_ = nullptr;  // the worker's own: what cancels the task while it runs
-  bool cut_off_ = false;        // the worker was stopped under the task
-  bool abandoned_ = false;      // the worker had been stopped when it ended
-  OperationMemory start_memory_;
-
- private:
-  friend class Core;
-  friend class Ticket;
-
-  /// Begins the task. On the worker.
-  virtual void start(Ticket ticket) noexcept = 0;
-
-  /// Destroys the task, if it is the call's own.
-  virtual void release_task() noexcept = 0;
-
-  /// Makes one more ticket possible. False if there is none any more: the call is over.
-  bool hold() noexcept {
-    int tickets = tickets_.load(std::memory_order_relaxed);
-    do {
-      if (tickets == 0) return false;
-    } while (!tickets_.compare_exchange_weak(tickets, tickets + 1));
-    return true;
-  }
-
-  /// Notes why the call is cancelled. False if that has been asked for before.
-  bool ask(BridgeError::Kind why) noexcept {
-    int none = 0;
-    return asked_.compare_exchange_strong(none, why);
-  }
-
-  std::promise<void> answer_;
-  std::future<void> answered_ = answer_.get_future();
-  std::optional<BridgeError> refusal_;
-  std::shared_ptr<Call> self_;  // a submitted call keeps itself until it is over
-  std::atomic<int> tickets_{1};
-  std::atomic<int> asked_{0};           // the BridgeError::Kind that cancellation was asked for with
-  std::atomic<Core*> waiter_{nullptr};  // the bridge whose worker waits for this call; its own bridge once it is over
-  std::atomic<bool> detached_{false};   // from its handle
-  OperationMemory cancel_memory_;
-};
-
-/// The right to end a call. Whoever drops the last one of a call answers the caller.
-class Ticket {
- public:
-  Ticket(Core& core, Call& call) noexcept : core_(&core), call_(&call) {}
-  Ticket(Ticket&& other) noexcept : core_(other.core_), call_(std::exchange(other.call_, nullptr)) {}
-  Ticket& operator=(Ticket&&) = delete;
-  ~Ticket();
-
-  Core& core() const noexcept { return *core_; }
-  Call& call() const noexcept { return *call_; }
-
- private:
-  Core* core_;
-  Call* call_;
-};
-
-/// What cancels a coroutine. It is the worker's, and used on the worker only, because Asio touches it for a moment
-/// after the call is over.
-struct Running {
-  explicit Running(const Core& c) noexcept : core(c) {}
-
-  const Core& core;
-  asio::cancellation_signal signal;
-  Call* call = nullptr;          // null unless the task runs
-  bool remembered = false;       // the task has been told that it is cancelled
-  std::optional<Ticket> ticket;  // of a task that was destroyed: what is left of it in the signal must go first
-  std::list<Running>* home = nullptr;
-};
-
-/// Forgets the exceptions of a driver, which has none, and gives its `Running` back when Asio is through with it.
-class Finished {
- public:
-  explicit Finished(Core& core);
-  Finished(Finished&& other) noexcept : core_(std::exchange(other.core_, nullptr)), running_(other.running_) {}
-  Finished& operator=(Finished&&) = delete;
-  ~Finished();
-
-  Running& running() const noexcept { return *running_; }
-  void operator()(const std::exception_ptr&) const noexcept {}
-
- private:
-  Core* core_;
-  std::list<Running>::iterator running_;
-};
-
-/// The bridge's inside: co-owned by the bridge, its worker, its handles and every thread in one of its functions.
-class Core : public std::enable_shared_from_this<Core> {
- public:
-  explicit Core(Options options) : options_(std::move(options)) {}
-  Core(const Core&) = delete;
-  Core& operator=(const Core&) = delete;
-
-  asio::io_context::executor_type get_executor() noexcept { return context_.get_executor(); }
-  std::size_t in_flight() const noexcept { return gate_.in_flight(); }
-  bool forked() const noexcept { return forks_ != seen_forks_.load(std::memory_order_relaxed); }
-
-  /// Whether this thread is the worker. By its id, as a plugin does not see the thread_locals of the module that made
-  /// the bridge.
-  bool on_worker() const noexcept { return worker_.load(std::memory_order_relaxed) == std::this_thread::get_id(); }
-
-  /// Whether operations were destroyed under the tasks. What a task says after that is worth nothing: reads and writes
-  /// on services that are shut down succeed, with no bytes.
-  bool has_destroyed() const noexcept { return emission_ == Emission::mark; }
-
-  /// What emitting does: it cancels; or, when the worker is stopped, it first aborts what the task waits for, and last
-  /// lets the task know of it, but not what it waits for.
-  enum class Emission { cancel, abort, mark };
-  Emission emission() const noexcept { return emission_; }
-
-  /// Keeps an owner for ever, where a leak checker finds it. For the child of a fork, where nothing in here can be
-  /// destroyed without the worker, and for a worker that outlives the bridge.
-  static void leave(std::shared_ptr<Core> core) noexcept {
-    Core& self = *core;
-    self.left_before_ = left_.exchange(&self);
-    self.left_owner_ = std::move(core);
-  }
-
-  /// Starts the worker, unless it was started or the gate is closed.
-  void start();
-
-  /// Admits the call and sends it to the worker, or says why not. Once it is sent it will be answered, whatever
-  /// happens. `waits` tells whether this thread is going to wait for the answer.
-  std::optional<BridgeError> post(Call& call, bool waits);
-
-  /// Asks the worker to cancel the call, unless it is over or that was asked for before.
-  void cancel(Call& call, BridgeError::Kind why) noexcept;
-
-  /// If this thread is a worker, notes that it is about to wait for this bridge: for `call`, or for its end. If that
-  /// would close a ring of waiting workers it notes nothing, puts the names of the ring into `ring` and returns false.
-  /// A worker waits for at most one bridge, so following the notes finds every ring, and only rings.
-  bool begin_wait(Call* call, std::shared_ptr<const char>* ring = nullptr);
-
-  /// Waits a little for the answer without sleeping, if that is promising. True if it has come.
-  bool spin(const Call& call) noexcept;
-
-  /// Takes the note back, for a wait that ended without an answer.
-  void end_wait(Call* call) noexcept;
-
-  /// Admits no more calls, ends the worker once those in flight are over or at `deadline`, and waits for that. False if
-  /// calls were left. `last` if the bridge is being destroyed: a worker that cannot be waited for then ends by itself.
-  bool shut_down(Shutdown how, SteadyTime deadline, bool last) noexcept;
-
- private:
-  friend class Ticket;
-  friend class Finished;
-
-  class Poster {
-   public:
-    explicit Poster(Gate& gate) noexcept : gate_(gate) {}
-    Poster(const Poster&) = delete;
-    Poster& operator=(const Poster&) = delete;
-    ~Poster() { gate_.leave(); }
-
-   private:
-    Gate& gate_;
-  };
-
-  std::shared_ptr<const char> name_ring(const Core& first) const;
-  void end_call(Call& call) noexcept;
-  void cancel_calls() noexcept;
-  void stop() noexcept;
-  template <class Condition>
-  void emit_to_all(Condition condition) noexcept;
-  void run() noexcept;
-  std::size_t end_calls() noexcept;
-  void settle(std::size_t destroyed) noexcept;
-  std::size_t poll_one() noexcept;
-  void run_what_is_ready() noexcept;
-  void forget_worker() noexcept;
-  void linger();
-  void keep_awake() noexcept;
-  bool yield() noexcept;
-
-  /// Posts `handler`, in memory that is there already.
+  /// Posts `handler` in memory that is allocated already.
   template <class Handler>
-  void post_in(OperationMemory& memory, Handler handler) {
-    asio::post(context_, asio::bind_allocator(OperationAllocator<void>(memory), std::move(handler)));
+  void post(HandlerMemory& memory, Handler handler) {
+    net::post(*this, net::bind_allocator(HandlerAllocator<void>(memory), std::move(handler)));
   }
 
-  /// Runs a step of the loop; what escapes a raw handler goes to the hook, and the step is taken again.
+  /// Runs a step of the loop, again if an exception escapes a raw handler.
   template <class Step>
   std::size_t survive(Step step) noexcept {
     for (;;) {
@@ -958,134 +791,904 @@ class Core : public std::enable_shared_from_this<Core> {
     }
   }
 
-  /// Hands the exception that is being handled to the hook.
-  void report_stray() noexcept {
+  /// Passes the exception that is being handled to the hook.
+  void report_stray() const noexcept {
     try {
-      if (options_.on_stray_exception) options_.on_stray_exception(std::current_exception());
+      if (on_stray_exception_) on_stray_exception_(std::current_exception());
     } catch (...) {
     }
   }
 
-  void emit(Running& running) noexcept {
-    if (emission_ != Emission::abort) running.remembered = true;
-    try {
-      running.signal.emit(asio::cancellation_type::terminal);
-    } catch (...) {
-      report_stray();
+  /// Runs a handler if one is ready, even if somebody has stopped the context again.
+  std::size_t run_ready_handler() noexcept {
+    restart();
+    return survive([&] { return poll_one(); });
+  }
+
+  /// Runs handlers until none is ready. A coroutine that never waits always has one, so this gives up after some time.
+  void run_ready_handlers() noexcept {
+    const SteadyTime end = std::chrono::steady_clock::now() + std::chrono::milliseconds(5);
+    int handlers = 0;
+    for (int rounds = 0; handlers != 1 && (rounds < 4 || std::chrono::steady_clock::now() < end); ++rounds) {
+      // The queue is served in order: once this handler has run, so has each that was queued before it.
+      HandlerMemory memory;
+      bool passed = false;
+      post(memory, [&] { passed = true; });
+      handlers = 0;
+      do {
+        run_ready_handler();
+        ++handlers;
+      } while (!passed);
     }
   }
 
-  static Core*& current() noexcept {
-    static thread_local constinit Core* core = nullptr;
-    return core;
+  /// Destroys every operation of Asio's that waits on this context, except those on channels, and the coroutines that
+  /// await it. What is queued to run stays queued, for the loop to run. Timers and sockets cannot be used afterwards.
+  ///
+  /// Not with `asio::execution_context::shutdown`. That shuts down the scheduler as well, which empties its queue
+  /// without its lock: a foreign thread that posts at that moment would corrupt it. It also shuts down the resolvers,
+  /// which crash if they are used afterwards. A look-up in progress is on a thread of Asio's, and so foreign.
+  void destroy_parked() { shut_down(ParkingServices()); }
+
+  /// Destroys the operations that wait on channels. Last, since a coroutine that is destroyed may use one (to return
+  /// something to a pool, for instance), and Asio's channels crash if they are used afterwards.
+  void destroy_on_channels() { shut_down(ChannelServices()); }
+
+  /// Waits for foreign threads to let go of this context, and destroys what raw users of the executor have left behind.
+  ///
+  /// A foreign thread that has just handed a task back still uses the context for some instructions, and may be
+  /// preempted there. Asio counts it as work. If nothing else counts, this returns as soon as the thread lets go. But
+  /// operations that were destroyed or left behind count as well, and Asio cannot tell them apart, so with such this
+  /// waits for a limited time. `destroyed` of them are known to be none.
+  void destroy_leftovers(std::size_t destroyed) noexcept {
+    restart();
+    work_.reset();
+    std::size_t forgotten = 0;
+    for (; forgotten < destroyed && !stopped(); ++forgotten) scheduler().work_finished();
+    const SteadyTime end = std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
+    // More than once, in case somebody stops the context again. Without work it returns at once.
+    for (int times = 0; times < 3; ++times) {
+      survive([&] { return run_until(end); });
+      restart();
+    }
+    work_.emplace(get_executor());
+    for (; forgotten != 0; --forgotten) scheduler().work_started();
+
+    destroy_parked();  // what waits on a channel is destroyed with the context
+    run_ready_handlers();
   }
 
-  static inline std::atomic<Core*> left_{nullptr};  // a list
+ private:
+  net::detail::io_context_impl& scheduler() { return net::use_service<net::detail::io_context_impl>(*this); }
+
+  template <class... Service>
+  void shut_down(Services<Service...>) {
+    (shut_down<Service>(), ...);
+  }
+  template <class Service>
+  void shut_down() {
+    if (net::has_service<Service>(*this)) net::use_service<Service>(*this).shutdown();
+  }
+
+  const Hook& on_stray_exception_;
+  std::optional<net::executor_work_guard<executor_type>> work_{get_executor()};
+};
+
+// =====================================================================================================================
+// 9. Wait graph
+
+class WaitNode;
+
+/// The end of a wait that somebody else brings about: a call's part in the graph.
+class WaitRecord {
+ private:
+  friend class WaitNode;
+  std::atomic<WaitNode*> waiter_{nullptr};  // whose worker waits; the record's own bridge once the call is completed
+};
+
+/// A bridge in the graph of which worker waits for which bridge. Knows its worker, and finds rings.
+///
+/// A worker waits for at most one bridge, so following the records finds every ring, and only rings.
+class WaitNode {
+ public:
+  explicit WaitNode(const std::string& name) : name_(name) {
+    if (failed_) throw std::system_error(failed_, std::generic_category(), "runtime_bridge: pthread_atfork");
+  }
+  WaitNode(const WaitNode&) = delete;
+  WaitNode& operator=(const WaitNode&) = delete;
+
+  /// This thread is the worker from now on.
+  void enter_worker() noexcept {
+    worker_.store(std::this_thread::get_id(), std::memory_order_relaxed);
+    current_node_() = this;
+  }
+
+  /// The thread that was the worker is not any more.
+  void leave_worker() noexcept {
+    worker_.store({}, std::memory_order_relaxed);
+    if (current_node_() == this) current_node_() = nullptr;
+  }
+
+  /// Whether this thread is the worker. By its id, since a plugin does not see the thread_locals of the module that
+  /// made the bridge.
+  bool on_worker() const noexcept { return worker_.load(std::memory_order_relaxed) == std::this_thread::get_id(); }
+
+  /// If this thread is a worker, records that it is about to wait for this bridge: for `call`, or if that is null for
+  /// its end. If that would close a ring of waiting workers it records nothing and returns false, with the names of the
+  /// ring in `ring` if that is not null.
+  bool begin_wait(WaitRecord* call, std::shared_ptr<const char>* ring) {
+    WaitNode* const waiter = on_worker() ? this : current_node_();
+    if (!waiter) return true;
+    const std::lock_guard lock(mutex_);
+    WaitNode* last = this;
+    while (last != waiter && last->waits_for_) last = last->waits_for_;
+    if (last == waiter) {
+      if (ring) *ring = waiter->name_ring(*this);
+      return false;
+    }
+    WaitNode* none = nullptr;
+    if (call && !call->waiter_.compare_exchange_strong(none, waiter)) return true;  // it is completed
+    waiter->waits_for_ = this;
+    waiter->waits_for_call_ = call;
+    return true;
+  }
+
+  /// Takes the record back.
+  void end_wait(WaitRecord* call) noexcept {
+    WaitNode* waiter = current_node_();
+    if (!waiter) return;
+    const std::lock_guard lock(mutex_);
+    waiter->waits_for_ = nullptr;
+    waiter->waits_for_call_ = nullptr;
+    if (call) call->waiter_.compare_exchange_strong(waiter, nullptr);
+  }
+
+  /// The call, one of this bridge's, is over. Before its caller wakes: with the record still there, the caller's next
+  /// call would be reported as a deadlock.
+  void complete(WaitRecord& call) noexcept {
+    WaitNode* none = nullptr;
+    if (call.waiter_.compare_exchange_strong(none, this)) return;
+    // A waiter that gives up takes the same lock, so the one that is found here is alive.
+    const std::lock_guard lock(mutex_);
+    WaitNode* waiter = call.waiter_.exchange(this);
+    if (waiter && waiter->waits_for_call_ == &call) {
+      waiter->waits_for_ = nullptr;
+      waiter->waits_for_call_ = nullptr;
+    }
+  }
+
+  static inline std::mutex mutex;  // guards waits_for_ and waits_for_call_ of all bridges that the module made
+
+ private:
+  /// The ring that a wait of this bridge's worker for `first` would close. The lock is held.
+  std::shared_ptr<const char> name_ring(const WaitNode& first) const {
+    const auto name = [&](const WaitNode& node) {
+      const auto is_namesake = [&](const WaitNode& other) { return &other != &node && other.name_ == node.name_; };
+      bool ambiguous = is_namesake(*this);
+      for (const WaitNode* n = &first; n != this; n = n->waits_for_) ambiguous = ambiguous || is_namesake(*n);
+      std::string text = node.name_;
+      if (ambiguous) text.append("#").append(std::to_string(node.number_));
+      return text;
+    };
+    auto text = std::make_shared<std::string>("the call would wait for itself: ");
+    *text += name(*this);
+    for (const WaitNode* n = &first; n != this; n = n->waits_for_) *text += " -> " + name(*n);
+    *text += " -> " + name(*this);
+    return {text, text->c_str()};
+  }
+
+  static WaitNode*& current_node() noexcept {
+    static thread_local constinit WaitNode* node = nullptr;
+    return node;
+  }
+
+  // Before main, like the fork counter's. A forked child finds the lock free.
+  static inline const int failed_ = at_fork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
   static inline std::atomic<unsigned> made_{0};
 
-  const Options options_;
-  const unsigned number_ = ++made_;  // tells it from others of the same name
+  // Of the module that made the bridge, whichever module calls it.
+  std::mutex& mutex_ = mutex;
+  WaitNode*& (*const current_node_)() noexcept = current_node;  // whose worker this thread is
 
-  // Of the module that made the bridge, whichever calls it.
-  const std::atomic<unsigned>& seen_forks_ = Forks::seen;
-  std::mutex& ring_mutex_ = Forks::ring_mutex;
-  Core*& (*const current_)() noexcept = current;  // the bridge whose worker this thread is, if that module made it
-
-  const unsigned forks_ = Forks::count();
-  const bool one_core_ = std::thread::hardware_concurrency() == 1;
-  Gate gate_;
-  std::atomic<bool> started_{false};
+  const std::string& name_;
+  const unsigned number_ = ++made_;  // tells bridges of the same name apart
   std::atomic<std::thread::id> worker_{};
-  std::atomic<bool> cancel_asked_{false};
-  OperationMemory cancel_memory_;
-  Experience spins_;
-  std::atomic<int> spinners_{0};                               // callers that spin; a hint
-  std::atomic<SteadyTime> yields_again_{(SteadyTime::min)()};  // until then nobody does
+  WaitNode* waits_for_ = nullptr;
+  const WaitRecord* waits_for_call_ = nullptr;
+};
 
-  // The worker's own.
-  Experience lingers_;
-  OperationMemory linger_memory_;
-  SteadyTime linger_end_;
-  bool lingering_ = false;
-  bool called_ = false;      // since it has begun to linger
-  bool stopped_ = false;     // what is queued still is not to be started any more
-  bool cancelling_ = false;  // nor this, because its call is cancelled
+/// A wait of this thread for a bridge.
+class WaitScope {
+ public:
+  WaitScope() = default;
+  WaitScope(const WaitScope&) = delete;
+  WaitScope& operator=(const WaitScope&) = delete;
+  ~WaitScope() {
+    if (bridge_) bridge_->end_wait(call_);
+  }
+
+  /// See `WaitNode::begin_wait`.
+  bool begin(WaitNode& bridge, WaitRecord* call, std::shared_ptr<const char>* ring = nullptr) {
+    if (!bridge.begin_wait(call, ring)) return false;
+    bridge_ = &bridge;
+    call_ = call;
+    return true;
+  }
+
+ private:
+  WaitNode* bridge_ = nullptr;
+  WaitRecord* call_ = nullptr;
+};
+
+// =====================================================================================================================
+// 10. Spin policy. Only about speed: calls have the same results without it.
+
+/// Whether to try something that may be in vain. Exponential backoff: each failure doubles the attempts that are
+/// skipped (at most 255), a success resets it. A guess, so races do no harm.
+class Backoff {
+ public:
+  bool should_try() noexcept {
+    const unsigned skips = skips_.load(std::memory_order_relaxed);
+    if (skips != 0) skips_.store(skips - 1, std::memory_order_relaxed);
+    return skips == 0;
+  }
+
+  void record(bool success) noexcept {
+    const unsigned before = interval_.load(std::memory_order_relaxed);
+    const unsigned interval = success ? 1 : before < 256 ? 2 * before : before;
+    interval_.store(interval, std::memory_order_relaxed);
+    skips_.store(interval - 1, std::memory_order_relaxed);
+  }
+
+ private:
+  std::atomic<unsigned> interval_{1};  // one attempt in so many is made
+  std::atomic<unsigned> skips_{0};
+};
+
+/// Busy-waits of callers and of the worker, since waking a thread that sleeps takes far longer than a short call.
+class SpinPolicy {
+ public:
+  SpinPolicy(Context& context, const Gate<Context>& gate, std::chrono::microseconds limit) noexcept
+      : context_(context), gate_(gate), limit_(limit) {}
+
+  /// Caller: busy-waits until `done`, if that is promising. True if it is done.
+  template <class Done>
+  bool spin(Done done) noexcept {
+    if (one_core_ || limit_ <= std::chrono::microseconds::zero() || !spins_.should_try()) return false;
+    const auto alone = [&] { return gate_.in_flight() <= 1; };
+    const SteadyTime end = time_after(limit_);
+    spinners_.fetch_add(1, std::memory_order_relaxed);
+    bool is_done = false;
+    bool yields = true;
+    int turns = 64;
+    do {
+      for (int i = 0; i < 32 && !is_done && alone(); ++i) {
+        pause();
+        is_done = done();
+      }
+      if (is_done) break;
+      yields = yields && yield();
+      is_done = done();
+    } while (!is_done && (alone() ? std::chrono::steady_clock::now() < end : yields && --turns > 0));
+    spinners_.fetch_sub(1, std::memory_order_relaxed);
+    spins_.record(is_done);
+    return is_done;
+  }
+
+  /// Worker: whether a caller busy-waits.
+  bool has_spinners() const noexcept { return spinners_.load(std::memory_order_relaxed) != 0; }
+
+  /// Worker: a call has arrived.
+  void note_call() noexcept { called_ = true; }
+
+  /// Worker: a caller that busy-waited has its result, and may soon call again. Do not sleep for a while.
+  void stay_awake() noexcept {
+    if (polling_) {
+      polls_.record(true);
+    } else if (!polls_.should_try()) {
+      return;
+    }
+    called_ = false;
+    end_ = time_after(limit_);
+    if (!std::exchange(polling_, true)) poll();
+  }
+
+  /// Worker: no more of it, the loop is to end.
+  void stop() noexcept { stopped_ = true; }
+
+ private:
+  /// Posts a handler that posts itself again, which keeps the loop from sleeping and lets everything else through. In
+  /// between it leaves the loop's lock alone, for threads that post. It goes on while a caller busy-waits, since what
+  /// the task waits for may be about to arrive.
+  void poll() {
+    context_.post(memory_, [this] {
+      if (stopped_) return;
+      for (int i = 0; i < 32 && gate_.in_flight() == 0; ++i) pause();
+      if (gate_.in_flight() != 0) yield();
+      const bool awaited = !called_ || has_spinners();
+      if (awaited && std::chrono::steady_clock::now() < end_) return poll();
+      polling_ = false;
+      polls_.record(called_);
+    });
+  }
+
+  /// Lets other threads have the processor: one of them may make the next call, or bring the result. A thread that
+  /// computes keeps the processor for milliseconds, though, and any thread that wakes up would preempt it anyway. So
+  /// after such a yield nobody yields for a while, and this returns false.
+  bool yield() noexcept {
+    const SteadyTime before = std::chrono::steady_clock::now();
+    if (before < no_yields_until_.load(std::memory_order_relaxed)) return false;
+    std::this_thread::yield();
+    const SteadyTime after = std::chrono::steady_clock::now();
+    if (after - before < std::chrono::milliseconds(1)) return true;
+    no_yields_until_.store(after + std::chrono::milliseconds(100), std::memory_order_relaxed);
+    return false;
+  }
+
+  Context& context_;
+  const Gate<Context>& gate_;
+  const std::chrono::microseconds limit_;
+  const bool one_core_ = std::thread::hardware_concurrency() == 1;
+
+  // Shared.
+  Backoff spins_;
+  std::atomic<int> spinners_{0};  // callers that busy-wait
+  std::atomic<SteadyTime> no_yields_until_{(SteadyTime::min)()};
+
+  // The worker's.
+  Backoff polls_;
+  HandlerMemory memory_;
+  SteadyTime end_;
+  bool polling_ = false;
+  bool called_ = false;  // since polling began
+  bool stopped_ = false;
+};
+
+// =====================================================================================================================
+// 11. Call reference
+
+class Call;
+
+/// The base of a call that its references know.
+class Counted {
+ public:
+  Counted() = default;
+  Counted(const Counted&) = delete;
+  Counted& operator=(const Counted&) = delete;
+
+ protected:
+  virtual ~Counted() = default;
+
+ private:
+  friend class CallRef;
+
+  /// The last reference is gone.
+  virtual void complete() noexcept = 0;
+
+  std::atomic<int> references_{0};
+};
+
+/// Counted reference to a call. The last one completes the call and wakes the caller. It cannot be lost: whether the
+/// task returns, throws, is destroyed or never starts, the reference is destroyed with whatever holds it.
+class CallRef {
+ public:
+  /// The first reference to a call.
+  static CallRef first(Counted& counted, Call& call) noexcept {
+    counted.references_.store(1, std::memory_order_relaxed);
+    return {counted, call};
+  }
+
+  /// One more, unless the call has no reference: it was completed, or never sent.
+  static std::optional<CallRef> another(Counted& counted, Call& call) noexcept {
+    int references = counted.references_.load(std::memory_order_relaxed);
+    do {
+      if (references == 0) return std::nullopt;
+    } while (!counted.references_.compare_exchange_weak(references, references + 1));
+    return CallRef(counted, call);
+  }
+
+  CallRef(CallRef&& other) noexcept : counted_(std::exchange(other.counted_, nullptr)), call_(other.call_) {}
+  CallRef& operator=(CallRef&&) = delete;
+  ~CallRef() {
+    if (counted_ && counted_->references_.fetch_sub(1) == 1) counted_->complete();
+  }
+
+  Call& call() const noexcept { return *call_; }
+
+ private:
+  CallRef(Counted& counted, Call& call) noexcept : counted_(&counted), call_(&call) {}
+
+  Counted* counted_;
+  Call* call_;
+};
+
+// =====================================================================================================================
+// 12. Cancellation signals. All of it is for the worker.
+
+/// What an emission does to a task.
+enum class Emission {
+  cancel,  ///< Asio's default: aborts what the task waits for, and every later co_await throws.
+  abort,   ///< The worker is being stopped: aborts what the task waits for, but the task is not marked as cancelled. A
+           ///< loop that swallows every exception would then run on without waiting, and could not be destroyed.
+  mark,    ///< Operations are about to be destroyed: marks the task as cancelled, but aborts nothing.
+};
+
+/// Cancellation signal of a running task. Pooled, because Asio uses the slot shortly after completion.
+struct CancelSignal {
+  explicit CancelSignal(const Emission& e) noexcept : emission(e) {}
+
+  const Emission& emission;
+  net::cancellation_signal signal;
+  Call* call = nullptr;              // null unless the task runs
+  bool marked = false;               // the task is marked as cancelled
+  std::optional<CallRef> destroyed;  // the call of a task that was destroyed, to be completed once the slot is cleared
+  CancelSignal* next_free = nullptr;
+};
+
+/// The worker's signals. They are never destroyed before it.
+class CancelSignals {
+ public:
+  explicit CancelSignals(const Context& context) noexcept : context_(context) {}
+
+  /// A signal for one task. As the completion handler of `co_spawn` it drops the exceptions of the coroutine, which has
+  /// none, and returns the signal when Asio does not use it any more.
+  class Lease {
+   public:
+    explicit Lease(CancelSignals& pool) : pool_(&pool), signal_(&pool.take()) {}
+    Lease(Lease&& other) noexcept : pool_(std::exchange(other.pool_, nullptr)), signal_(other.signal_) {}
+    Lease& operator=(Lease&&) = delete;
+    ~Lease() {
+      if (pool_) pool_->give_back(*signal_);
+    }
+
+    CancelSignal& signal() const noexcept { return *signal_; }
+    void operator()(const std::exception_ptr&) const noexcept {}
+
+   private:
+    CancelSignals* pool_;
+    CancelSignal* signal_;
+  };
+
+  Emission emission() const noexcept { return emission_; }
+
+  /// Cancels a task, unless operations were destroyed: no slot is touched any more then.
+  void cancel(CancelSignal& signal) noexcept {
+    if (emission_ == Emission::mark) return;
+    signal.marked = true;
+    emit(signal);
+  }
+
+  /// Emits to each running task whose call meets the condition.
+  template <class Condition>
+  void emit_to_all(Emission emission, Condition condition) noexcept {
+    emission_ = emission;
+    // An emission may run other tasks to their end, but removes no signal.
+    for (CancelSignal& signal : signals_) {
+      if (signal.call && condition(*signal.call)) emit(signal);
+    }
+  }
+
+  /// How many tasks were destroyed, instead of ending.
+  std::size_t destroyed() const noexcept { return destroyed_; }
+
+ private:
+  CancelSignal& take() {
+    if (!free_) free_ = &signals_.emplace_front(emission_);
+    return *std::exchange(free_, free_->next_free);
+  }
+
+  void give_back(CancelSignal& signal) noexcept {
+    if (signal.destroyed) {
+      // The destroyed operation has left its handler in the slot, with whatever that captured.
+      signal.signal.slot().clear();
+      ++destroyed_;
+    }
+    const std::optional<CallRef> completes_call = std::exchange(signal.destroyed, std::nullopt);
+    signal.next_free = std::exchange(free_, &signal);
+  }
+
+  void emit(CancelSignal& signal) noexcept {
+    if (emission_ != Emission::abort) signal.marked = true;
+    try {
+      signal.signal.emit(net::cancellation_type::terminal);
+    } catch (...) {
+      context_.report_stray();
+    }
+  }
+
+  const Context& context_;
   Emission emission_ = Emission::cancel;
-  std::size_t destroyed_ = 0;  // tasks, since it was set to zero
-  std::list<Running> running_;
-  std::list<Running> to_cancel_;
-  std::list<Running> spare_;
+  std::size_t destroyed_ = 0;
+  std::forward_list<CancelSignal> signals_;
+  CancelSignal* free_ = nullptr;
+};
 
-  Context context_;  // below what its handlers use when they are destroyed with it
-  std::optional<asio::executor_work_guard<asio::io_context::executor_type>> work_{context_.get_executor()};
+/// Filter of a task's cancellation state: what marks it as cancelled.
+struct MarksTask {
+  const CancelSignal* signal;
+  net::cancellation_type operator()(net::cancellation_type type) const noexcept {
+    const bool only_aborts = signal->emission == Emission::abort && !signal->marked;
+    return only_aborts ? net::cancellation_type::none : type & net::cancellation_type::terminal;
+  }
+};
 
-  std::shared_ptr<Core> left_owner_;
-  Core* left_before_ = nullptr;
+/// Filter of a task's cancellation state: what aborts the operation that it waits for.
+struct AbortsOperation {
+  const CancelSignal* signal;
+  net::cancellation_type operator()(net::cancellation_type marks) const noexcept {
+    switch (signal->emission) {
+      case Emission::abort: return net::cancellation_type::terminal;
+      case Emission::mark: return net::cancellation_type::none;
+      default: return marks;
+    }
+  }
+};
 
-  // Guarded by `ring_mutex_`.
-  Core* waits_for_ = nullptr;
-  const Call* waits_for_call_ = nullptr;
+// =====================================================================================================================
+// 13. Call
+
+class Worker;
+
+/// A call in flight: where caller and worker meet. It lives on its caller's stack, or is shared with its `JoinHandle`.
+class Call : public Counted {
+ public:
+  ~Call() override = default;
+
+  // ---- The caller's: before the call is sent, and once it is completed.
+
+  bool completed() const noexcept {
+    return completed_.wait_for(std::chrono::nanoseconds::zero()) == std::future_status::ready;
+  }
+
+  void wait() const noexcept { completed_.wait(); }
+
+  /// Waits until the call is completed, or until `deadline`, of any clock. False if it is not completed.
+  template <class Clock, class Duration>
+  bool wait_until(const std::chrono::time_point<Clock, Duration>& deadline) const {
+    while (deadline != (deadline.max)()) {
+      const std::chrono::nanoseconds left = time_left(deadline);
+      if (completed_.wait_for(left) == std::future_status::ready) return true;
+      if (left == std::chrono::nanoseconds::zero()) return false;
+    }
+    completed_.wait();
+    return true;
+  }
+
+  /// Completes a submitted call that was not sent.
+  void refuse(BridgeError error) {
+    release_task();
+    error_ = std::move(error);
+    completion_.set_value();
+  }
+
+  /// Makes the first reference, for the worker. A submitted call lives until it is completed, even if nobody waits for
+  /// it, so it is given itself.
+  CallRef send_to(Worker& worker, std::shared_ptr<Call> self) noexcept {
+    worker_ = &worker;
+    self_ = std::move(self);
+    return CallRef::first(*this, *this);
+  }
+
+  /// Why a completed call has no value.
+  const BridgeError& error() const noexcept { return *error_; }
+
+  // ---- The worker's: from `send_to` until the call is completed.
+
+  /// Starts the task.
+  virtual void start(CallRef self) noexcept = 0;
+
+  /// Destroys the task, if the call owns it.
+  virtual void release_task() noexcept = 0;
+
+  Worker& worker() const noexcept { return *worker_; }
+  HandlerMemory& start_memory() noexcept { return start_memory_; }
+
+  CancelSignal* signal() const noexcept { return signal_; }
+  void set_signal(CancelSignal* signal) noexcept { signal_ = signal; }
+
+  // Whether the task has started, returned or thrown. `stopped` tells that the worker is being stopped.
+  void set_starting() noexcept { stage_ = Stage::starting; }
+  void set_running() noexcept { stage_ = Stage::running; }
+  void set_returned() noexcept { stage_ = Stage::ended; }
+  void set_threw(bool stopped) noexcept {
+    stage_ = Stage::ended;
+    if (stopped) {
+      lose(stopped_text);
+    } else if (const int kind = asked_) {
+      error_.emplace(static_cast<BridgeError::Kind>(kind), std::current_exception());
+    } else {
+      error_ = thrown();
+    }
+  }
+
+  /// Destroys what is left of the task. What has neither returned nor thrown until now has no value.
+  void end(bool stopped) noexcept {
+    release_task();
+    if (stage_ == Stage::queued && asked_ != 0) {
+      error_.emplace(static_cast<BridgeError::Kind>(asked_.load()));
+    } else if (stage_ == Stage::starting) {
+      lose("the task did not start", std::make_exception_ptr(std::bad_alloc()));
+    } else if (stage_ != Stage::ended) {
+      lose(stopped ? stopped_text : "the task was destroyed before its end");
+    }
+  }
+
+  /// What wakes the caller. The call may be gone when this returns, and is when the caller wakes.
+  std::promise<void> take_completion() noexcept {
+    std::promise<void> completion = std::move(completion_);
+    const std::shared_ptr<Call> self = std::exchange(self_, nullptr);
+    return completion;
+  }
+
+  // ---- Shared.
+
+  /// Notes why the call is cancelled. False if that was noted before.
+  bool ask(BridgeError::Kind why) noexcept {
+    int none = 0;
+    return asked_.compare_exchange_strong(none, why);
+  }
+  bool asked() const noexcept { return asked_ != 0; }
+
+  /// A reference for another thread than the worker, unless the call is completed or was never sent.
+  std::optional<CallRef> reference() noexcept { return CallRef::another(*this, *this); }
+
+  /// For the handler that cancels the call. There is one at most, since `ask` succeeds once.
+  HandlerMemory& cancel_memory() noexcept { return cancel_memory_; }
+
+  WaitRecord& wait_record() noexcept { return wait_record_; }
+
+  /// Tells that no handle owns the call any more. The handle still keeps it, since other threads may use the handle.
+  void detach() noexcept { detached_.store(true, std::memory_order_relaxed); }
+  bool detached() const noexcept { return detached_.load(std::memory_order_relaxed); }
+
+ protected:
+  Call() = default;
+
+  /// The error for the exception that is being handled.
+  static BridgeError thrown() noexcept {
+    return {BridgeError::ResponseLost, std::current_exception(), static_text("the task threw")};
+  }
+
+ private:
+  enum class Stage { queued, starting, running, ended };
+  static constexpr const char* stopped_text = "the worker was stopped under the task";
+
+  RUNTIME_BRIDGE_INLINE void complete() noexcept override;
+
+  void lose(const char* text, std::exception_ptr cause = nullptr) noexcept {
+    error_.emplace(BridgeError::ResponseLost, std::move(cause), static_text(text));
+  }
+
+  std::promise<void> completion_;
+  const std::future<void> completed_ = completion_.get_future();
+  std::shared_ptr<Call> self_;
+
+  Worker* worker_ = nullptr;
+  CancelSignal* signal_ = nullptr;  // while the task runs
+  Stage stage_ = Stage::queued;
+  std::optional<BridgeError> error_;
+  HandlerMemory start_memory_;
+
+  std::atomic<int> asked_{0};  // the BridgeError::Kind that the call is cancelled for
+  std::atomic<bool> detached_{false};
+  WaitRecord wait_record_;
+  HandlerMemory cancel_memory_;
+};
+
+// =====================================================================================================================
+// 14. Worker
+
+/// The thread, its loop and its end. Co-owned by the bridge, the thread, the handles and each caller.
+class Worker : public std::enable_shared_from_this<Worker> {
+ public:
+  explicit Worker(Options options);
+  ~Worker();
+  Worker(const Worker&) = delete;
+  Worker& operator=(const Worker&) = delete;
+
+  net::io_context::executor_type get_executor() noexcept { return context_.get_executor(); }
+  std::size_t in_flight() const noexcept { return gate_.in_flight(); }
+  bool forked() const noexcept { return fork_counter_.forked(); }
+  bool on_worker() const noexcept { return node_.on_worker(); }
+  WaitNode& node() noexcept { return node_; }
+
+  /// Makes the thread, unless that was done before or no calls are admitted any more.
+  void start();
+
+  /// Sends the call to the worker and waits until it is completed. If it is not sent, returns why.
+  template <class Clock, class Duration>
+  std::optional<BridgeError> block(Call& call, const std::chrono::time_point<Clock, Duration>& deadline,
+                                   const StopToken& stop);
+
+  /// Admits the call and sends it to the worker, or returns why not. Whatever happens, a call that was sent will be
+  /// completed. A caller that is going to wait for it gives `wait`, others give `self`, which keeps the call.
+  std::optional<BridgeError> send(Call& call, WaitScope* wait, std::shared_ptr<Call> self);
+
+  /// Asks the worker to cancel the call, unless it is completed or was cancelled before.
+  void cancel(Call& call, BridgeError::Kind why) noexcept;
+
+  /// Admits no more calls, ends the worker once those in flight are over or at `deadline`, and waits for that. False if
+  /// calls were cut off. `last` if the bridge is being destroyed: a worker that cannot be waited for ends by itself.
+  bool shut_down(Shutdown how, SteadyTime deadline, bool last) noexcept;
+
+  /// Never destroys this owner, but keeps it where a leak checker finds it. For the child of a fork, where nothing in
+  /// here can be destroyed without the worker, and for a thread that outlives the bridge.
+  static void leak(std::shared_ptr<Worker> worker) noexcept {
+    Worker& self = *worker;
+    self.leaked_before_ = leaked_.exchange(&self);
+    self.leaked_owner_ = std::move(worker);
+  }
+
+  // ---- For the parts below, on the worker.
+
+  CancelSignals& signals() noexcept { return signals_; }
+
+  bool stopped() const noexcept { return mode_ == Mode::stopped; }
+
+  /// Whether operations were destroyed. A value that a task returns after that is worth nothing: reads and writes on
+  /// services that were shut down succeed with no bytes.
+  bool has_destroyed() const noexcept { return signals_.emission() == Emission::mark; }
+
+  /// The last reference to the call is gone. On any thread: a reference may be destroyed before it came to the worker.
+  void complete(Call& call) noexcept;
+
+ private:
+  /// Only moves forward, on the worker.
+  enum class Mode {
+    open,
+    cancelling,  // calls that arrive are cancelled
+    stopped,     // calls that arrive are destroyed
+  };
+
+  /// Starts a call that has arrived, unless it was cancelled or the worker is being stopped.
+  void begin(CallRef ref) noexcept;
+
+  /// Cancels all calls in flight, those that have not arrived yet included. Once is enough: no more calls are admitted.
+  void cancel_all() noexcept;
+
+  /// Ends the loop, unless it has ended: what the worker does after it must not be cut short.
+  void stop() noexcept;
+
+  void run() noexcept;
+
+  /// Ends the calls in flight. Tasks are cancelled while everything that they wait for is alive. They are destroyed
+  /// only if that does not end them, and nothing is emitted afterwards: a cancellation must not reach what was
+  /// destroyed. Returns how many operations were destroyed, if nothing foreign was involved: what a destroyed operation
+  /// leaves in Asio's count of work looks like a foreign thread.
+  std::size_t end_calls() noexcept;
+
+  /// Lets the thread end by itself.
+  void detach() noexcept;
+
+  static inline std::atomic<Worker*> leaked_{nullptr};  // a list
+
+  const Options options_;
+  const ForkCounter fork_counter_;
+  WaitNode node_{options_.thread_name};
+  Gate<Context> gate_{context_};
+  SpinPolicy spin_{context_, gate_, options_.spin_limit};
+  std::atomic<bool> started_{false};
+  std::atomic<bool> cancel_asked_{false};
+  HandlerMemory cancel_memory_;
+
+  // The worker's.
+  Mode mode_ = Mode::open;
+  CancelSignals signals_{context_};
+
+  Context context_{options_.on_stray_exception};  // below what its handlers use when they are destroyed with it
+
+  Worker* leaked_before_ = nullptr;
+  std::shared_ptr<Worker> leaked_owner_;
 
   std::mutex mutex_;  // guards what follows
   std::condition_variable changed_;
   std::thread thread_;
-  bool ended_ = true;       // there is no worker: not yet, or not any more
-  bool joined_ = true;      // nor its thread
-  bool abandoned_ = false;  // it was stopped under calls
+  bool ended_ = true;     // the loop is not running
+  bool joined_ = true;    // no thread is running
+  bool cut_off_ = false;  // the loop was stopped under calls
 };
 
-/// What a task's cancellation lets in: it is remembered, and makes every later `co_await` throw. Asio's default until
-/// the worker is stopped. Then it is not remembered at first: a loop that swallows every exception would go on for ever
-/// without waiting, and could not be destroyed where it waits.
-struct Remembers {
-  const Running* running;
-  asio::cancellation_type operator()(asio::cancellation_type type) const noexcept {
-    const bool only_aborts = running->core.emission() == Core::Emission::abort && !running->remembered;
-    return only_aborts ? asio::cancellation_type::none : type & asio::cancellation_type::terminal;
+template <class Clock, class Duration>
+std::optional<BridgeError> Worker::block(Call& call, const std::chrono::time_point<Clock, Duration>& deadline,
+                                         const StopToken& stop) {
+  if (stop.stop_requested()) {
+    return BridgeError(BridgeError::Cancelled, nullptr, static_text("a stop was requested before the call"));
   }
-};
-
-/// What a task's cancellation passes on to the operation that is waited for.
-struct PassesOn {
-  const Running* running;
-  asio::cancellation_type operator()(asio::cancellation_type remembered) const noexcept {
-    switch (running->core.emission()) {
-      case Core::Emission::abort: return asio::cancellation_type::terminal;
-      case Core::Emission::mark: return asio::cancellation_type::none;
-      default: return remembered;
+  if (has_passed(deadline)) {
+    return BridgeError(BridgeError::TimedOut, nullptr, static_text("the deadline had passed before the call"));
+  }
+  WaitScope wait;
+  if (auto refusal = send(call, &wait, nullptr)) return refusal;
+  const auto on_stop = [&]() noexcept { cancel(call, BridgeError::Cancelled); };
+  const StopCallback<decltype(on_stop)> callback(stop, on_stop);
+  try {
+    if (!spin_.spin([&] { return call.completed(); }) && !call.wait_until(deadline)) {
+      cancel(call, BridgeError::TimedOut);
+      call.wait();
     }
+  } catch (...) {  // from the clock
+    cancel(call, BridgeError::Cancelled);
+    call.wait();
+    throw;
   }
-};
-
-inline Ticket::~Ticket() {
-  if (call_ && call_->tickets_.fetch_sub(1) == 1) core_->end_call(*call_);
+  return std::nullopt;
 }
+RUNTIME_BRIDGE_COMPILE_ONCE(std::optional<BridgeError> Worker::block(Call&, const SteadyTime&, const StopToken&))
 
-inline Finished::Finished(Core& core) : core_(&core) {
-  if (core.spare_.empty()) core.spare_.emplace_back(core);
-  running_ = core.spare_.begin();
-  core.running_.splice(core.running_.end(), core.spare_, running_);
-  running_->home = &core.running_;
-}
+// What is compiled once, if that is asked for. In the order of a call's life, and then of the worker's.
+#ifndef RUNTIME_BRIDGE_DECLARATIONS_ONLY
 
-inline Finished::~Finished() {
-  if (!core_) return;
-  std::optional<Ticket> ticket;
-  if (running_->ticket) {
-    // A destroyed operation has left its handler in the slot, with whatever that captured.
-    running_->signal.slot().clear();
-    ticket.emplace(*std::move(running_->ticket));
-    running_->ticket.reset();
-    ++core_->destroyed_;
+RUNTIME_BRIDGE_INLINE std::optional<BridgeError> Worker::send(Call& call, WaitScope* wait, std::shared_ptr<Call> self) {
+  const auto dead = [](const char* why, std::exception_ptr cause = nullptr) {
+    return BridgeError(BridgeError::WorkerDead, std::move(cause), static_text(why));
+  };
+  if (forked()) return dead("the worker lives in the parent process");
+  try {
+    start();
+  } catch (const std::system_error&) {
+    return dead("the worker could not be started", std::current_exception());
   }
-  core_->spare_.splice(core_->spare_.end(), *running_->home, running_);
+  auto admission = gate_.admit_call();
+  if (!admission) return dead("the worker was stopped");
+  std::shared_ptr<const char> ring;
+  if (wait && !wait->begin(node_, &call.wait_record(), &ring)) {
+    return BridgeError(BridgeError::WouldDeadlock, nullptr, std::move(ring));
+  }
+  admission.sent();
+  context_.post(call.start_memory(), [ref = call.send_to(*this, std::move(self))]() mutable {
+    Worker& worker = ref.call().worker();
+    worker.begin(std::move(ref));
+  });
+  return std::nullopt;
 }
 
-inline void Core::start() {
-  // Pairs with the store below: who sees it need not take the lock.
-  if (started_.load(std::memory_order_acquire)) return;
+RUNTIME_BRIDGE_INLINE void Worker::begin(CallRef ref) noexcept {
+  Call& call = ref.call();
+  spin_.note_call();
+  if (mode_ == Mode::cancelling) call.ask(BridgeError::Cancelled);
+  if (mode_ != Mode::stopped && !call.asked()) {
+    call.start(std::move(ref));
+  } else {
+    call.release_task();  // here, and not wherever the last reference is destroyed
+  }
+}
+
+RUNTIME_BRIDGE_INLINE void Worker::complete(Call& call) noexcept {
+  const bool here = on_worker();
+  const bool cut_off = here && stopped();
+  call.end(cut_off);
+  node_.complete(call.wait_record());
+  std::promise<void> completion = call.take_completion();
+  gate_.end_call();
+  const bool stay_awake = here && !cut_off && spin_.has_spinners();
+  completion.set_value();
+  if (stay_awake) spin_.stay_awake();
+}
+
+RUNTIME_BRIDGE_INLINE void Worker::cancel(Call& call, BridgeError::Kind why) noexcept {
+  if (forked()) return;
+  const auto admission = gate_.admit_post();
+  if (!admission) return;
+  std::optional<CallRef> ref = call.reference();  // so that the handler below runs before the call is completed
+  if (!ref || !call.ask(why)) return;
+  // An emission on another thread than the worker would be a data race inside Asio.
+  context_.post(call.cancel_memory(), [r = *std::move(ref)] {
+    CancelSignal* const signal = r.call().signal();
+    if (signal) r.call().worker().signals_.cancel(*signal);
+  });
+}
+
+// Here, because it needs Worker.
+RUNTIME_BRIDGE_INLINE void Call::complete() noexcept { worker_->complete(*this); }
+
+RUNTIME_BRIDGE_INLINE Worker::Worker(Options options) : options_(std::move(options)) {}
+
+RUNTIME_BRIDGE_INLINE Worker::~Worker() = default;
+
+RUNTIME_BRIDGE_INLINE void Worker::start() {
+  if (started_.load(std::memory_order_acquire)) return;  // pairs with the store below
   const std::lock_guard lock(mutex_);
-  // `shut_down` closes the gate before it takes the lock: a worker that is made here is one that it will see.
+  // `shut_down` closes the gate before it takes the lock: it will see a thread that is made here.
   if (started_.load(std::memory_order_relaxed) || gate_.closed_to_calls()) return;
   context_.open_reactor();
   const SignalsBlocked blocked;
@@ -1094,350 +1697,73 @@ inline void Core::start() {
   started_.store(true, std::memory_order_release);
 }
 
-inline std::optional<BridgeError> Core::post(Call& call, bool waits) {
-  const auto dead = [](const char* why, std::exception_ptr cause = nullptr) {
-    return BridgeError(BridgeError::WorkerDead, std::move(cause), literal(why));
-  };
-  if (forked()) return dead("the worker lives in the parent process");
-  if (!gate_.enter_call()) return dead("the worker was stopped");
-  const Poster poster(gate_);
-  Ticket ticket(*this, call);
-  std::shared_ptr<const char> ring;
-  if (waits && !begin_wait(&call, &ring)) return BridgeError(BridgeError::WouldDeadlock, nullptr, std::move(ring));
-  try {
-    start();
-  } catch (const std::system_error&) {
-    return dead("the worker could not be started", std::current_exception());
-  }
-  if (!started_) return dead("the worker was stopped");
+RUNTIME_BRIDGE_INLINE void Worker::run() noexcept {
+  node_.enter_worker();
+  name_thread(options_.thread_name);
+  context_.survive([&] { return context_.run(); });
 
-  post_in(call.start_memory_, [t = std::move(ticket)]() mutable {
-    Call& c = t.call();
-    Core& core = t.core();
-    core.called_ = true;
-    if (core.cancelling_ && !core.stopped_) c.ask(BridgeError::Cancelled);
-    if (!core.stopped_ && c.asked_ == 0) {
-      c.start(std::move(t));
-    } else {
-      c.release_task();  // here, and not where the last ticket happens to be dropped
-    }
-  });
-  return std::nullopt;
-}
-
-inline void Core::cancel(Call& call, BridgeError::Kind why) noexcept {
-  if (forked() || !gate_.enter_post()) return;
-  const Poster poster(gate_);
-  if (!call.hold()) return;
-  Ticket ticket(*this, call);  // so the call cannot end before the handler below has run
-  if (!call.ask(why)) return;
-  // Emitted anywhere but on the worker, a cancellation would be a data race inside Asio.
-  post_in(call.cancel_memory_, [t = std::move(ticket)] {
-    Running* running = t.call().running_;
-    if (!running || t.core().has_destroyed()) return;
-    running->remembered = true;
-    t.core().emit(*running);
-  });
-}
-
-/// Cancels all calls in flight, those that are not started yet included. Once is enough: no calls come any more.
-inline void Core::cancel_calls() noexcept {
-  if (cancel_asked_.exchange(true) || !gate_.enter_post()) return;
-  const Poster poster(gate_);
-  post_in(cancel_memory_, [this] {
-    if (stopped_) return;
-    cancelling_ = true;
-    emit_to_all([](Call& call) { return call.ask(BridgeError::Cancelled); });
-  });
-}
-
-/// Ends the worker's loop, unless it has ended: what the worker does after it is not to be cut short.
-inline void Core::stop() noexcept {
-  if (!gate_.enter_post()) return;
-  const Poster poster(gate_);
-  context_.stop();
-}
-
-/// Cancels the coroutines whose call meets the condition. An emit may run other tasks to their end, which takes them
-/// off whatever list they are on.
-template <class Condition>
-void Core::emit_to_all(Condition condition) noexcept {
-  to_cancel_.swap(running_);
-  for (Running& running : to_cancel_) running.home = &to_cancel_;
-  while (!to_cancel_.empty()) {
-    Running& running = to_cancel_.front();
-    running_.splice(running_.end(), to_cancel_, to_cancel_.begin());
-    running.home = &running_;
-    if (running.call && condition(*running.call)) emit(running);
-  }
-}
-
-inline void Core::end_call(Call& call) noexcept {
-  call.release_task();
-  const bool by_worker = on_worker();
-  call.abandoned_ = by_worker && stopped_;
-  // Exactly here a waiting worker is free again: a note that stood any longer would be a false alarm.
-  Core* none = nullptr;
-  if (!call.waiter_.compare_exchange_strong(none, this)) {
-    // Whoever gives up waiting takes the same lock, so the waiter found here is alive.
-    const std::lock_guard lock(ring_mutex_);
-    Core* waiter = call.waiter_.exchange(this);
-    if (waiter && waiter->waits_for_call_ == &call) {
-      waiter->waits_for_ = nullptr;
-      waiter->waits_for_call_ = nullptr;
-    }
-  }
-  // Nothing of the call may be touched once the caller wakes, so take along what answers it.
-  std::promise<void> answer = std::move(call.answer_);
-  std::exchange(call.self_, nullptr).reset();
-  if (gate_.end_call()) context_.stop();
-  // A ticket that never got to the worker is dropped by the caller's thread.
-  const bool stay_awake = by_worker && !stopped_ && spinners_.load(std::memory_order_relaxed) != 0;
-  answer.set_value();
-  if (stay_awake) keep_awake();
-}
-
-/// A caller that spun for its answer may well call again: the worker had better not be asleep then.
-inline void Core::keep_awake() noexcept {
-  if (lingering_) {
-    lingers_.learn(true);
-  } else if (!lingers_.encourages()) {
-    return;
-  }
-  called_ = false;
-  linger_end_ = time_after(options_.spin_limit);
-  if (!std::exchange(lingering_, true)) linger();
-}
-
-/// A handler that comes again and again keeps the loop from going to sleep, and lets everything else through. In
-/// between it leaves the loop's lock alone, for whoever posts. While a caller spins it goes on, for what the task waits
-/// for may be about to come.
-inline void Core::linger() {
-  post_in(linger_memory_, [this] {
-    if (stopped_) return;
-    for (int i = 0; i < 32 && gate_.in_flight() == 0; ++i) pause();
-    if (gate_.in_flight() != 0) yield();
-    const bool awaited = !called_ || spinners_.load(std::memory_order_relaxed) != 0;
-    if (awaited && std::chrono::steady_clock::now() < linger_end_) return linger();
-    lingering_ = false;
-    lingers_.learn(called_);
-  });
-}
-
-/// Lets other threads have the processor: who makes the next call or the answer may be one of them. A thread that
-/// computes keeps it for milliseconds, though, and would have been preempted by whoever wakes up. So once that happens
-/// nobody yields for a while, and this is false.
-inline bool Core::yield() noexcept {
-  const SteadyTime before = std::chrono::steady_clock::now();
-  if (before < yields_again_.load(std::memory_order_relaxed)) return false;
-  std::this_thread::yield();
-  const SteadyTime after = std::chrono::steady_clock::now();
-  if (after - before < std::chrono::milliseconds(1)) return true;
-  yields_again_.store(after + std::chrono::milliseconds(100), std::memory_order_relaxed);
-  return false;
-}
-
-inline bool Core::spin(const Call& call) noexcept {
-  if (one_core_ || options_.spin_limit <= std::chrono::microseconds::zero() || !spins_.encourages()) return false;
-  const auto alone = [&] { return gate_.in_flight() <= 1; };
-  const SteadyTime end = time_after(options_.spin_limit);
-  spinners_.fetch_add(1, std::memory_order_relaxed);
-  bool answered = false;
-  bool yields = true;
-  int turns = 64;
-  do {
-    for (int i = 0; i < 32 && !answered && alone(); ++i) {
-      pause();
-      answered = call.answered();
-    }
-    if (answered) break;
-    yields = yields && yield();
-    answered = call.answered();
-  } while (!answered && (alone() ? std::chrono::steady_clock::now() < end : yields && --turns > 0));
-  spinners_.fetch_sub(1, std::memory_order_relaxed);
-  spins_.learn(answered);
-  return answered;
-}
-
-inline bool Core::begin_wait(Call* call, std::shared_ptr<const char>* ring) {
-  Core* const waiter = on_worker() ? this : current_();
-  if (!waiter) return true;
-  const std::lock_guard lock(ring_mutex_);
-  Core* last = this;
-  while (last != waiter && last->waits_for_) last = last->waits_for_;
-  if (last == waiter) {
-    if (ring) *ring = waiter->name_ring(*this);
-    return false;
-  }
-  Core* none = nullptr;
-  if (call && !call->waiter_.compare_exchange_strong(none, waiter)) return true;  // it is over
-  waiter->waits_for_ = this;
-  waiter->waits_for_call_ = call;
-  return true;
-}
-
-/// The ring that a wait of this bridge's worker for `first` would close. The lock is held.
-inline std::shared_ptr<const char> Core::name_ring(const Core& first) const {
-  const auto name = [&](const Core& core) {
-    const auto is_namesake = [&](const Core& other) {
-      return &other != &core && other.options_.thread_name == core.options_.thread_name;
-    };
-    bool ambiguous = is_namesake(*this);
-    for (const Core* c = &first; c != this; c = c->waits_for_) ambiguous = ambiguous || is_namesake(*c);
-    std::string text = core.options_.thread_name;
-    if (ambiguous) text.append("#").append(std::to_string(core.number_));
-    return text;
-  };
-  auto text = std::make_shared<std::string>("the call would wait for itself: ");
-  *text += name(*this);
-  for (const Core* c = &first; c != this; c = c->waits_for_) *text += " -> " + name(*c);
-  *text += " -> " + name(*this);
-  return {text, text->c_str()};
-}
-
-inline void Core::end_wait(Call* call) noexcept {
-  Core* waiter = current_();
-  if (!waiter) return;
-  const std::lock_guard lock(ring_mutex_);
-  waiter->waits_for_ = nullptr;
-  waiter->waits_for_call_ = nullptr;
-  if (call) call->waiter_.compare_exchange_strong(waiter, nullptr);
-}
-
-inline void Core::run() noexcept {
-  worker_.store(std::this_thread::get_id(), std::memory_order_relaxed);
-  current_() = this;
-#ifdef __linux__
-  pthread_setname_np(pthread_self(), options_.thread_name.substr(0, 15).c_str());
-#endif
-  survive([&] { return context_.run(); });
-
-  // Somebody stopped the context. From here on no thread of ours posts, and nothing is started.
+  // Somebody has stopped the context. From here on no thread of ours posts, and no call is started.
   gate_.close();
-  stopped_ = true;
-  const bool abandoned = gate_.in_flight() != 0;
-  settle(end_calls());
+  mode_ = Mode::stopped;
+  spin_.stop();
+  const bool cut_off = gate_.in_flight() != 0;
+  context_.destroy_leftovers(end_calls());
 
   const std::lock_guard lock(mutex_);
   ended_ = true;
-  abandoned_ = abandoned;
+  cut_off_ = cut_off;
   changed_.notify_all();
-  // A thread that was detached may outlive this object, and the destructors of its thread_locals may make calls.
-  if (joined_) forget_worker();
+  // A detached thread may outlive this object, and the destructors of its thread_locals may make calls.
+  if (joined_) node_.leave_worker();
 }
 
-/// The thread that was the worker is not any more.
-inline void Core::forget_worker() noexcept {
-  worker_.store({}, std::memory_order_relaxed);
-  if (current_() == this) current_() = nullptr;
-}
-
-/// Ends the calls in flight. Tasks are cancelled while all that they wait for is alive, and destroyed only if that has
-/// not ended them: a cancellation must not reach what was destroyed. Returns how many operations were destroyed, if
-/// nothing foreign was about: what an operation leaves behind looks like a foreign thread.
-inline std::size_t Core::end_calls() noexcept {
-  const auto emit_to_tasks = [&](Emission emission) {
-    emission_ = emission;
-    emit_to_all([](Call& call) { return call.cut_off_ = true; });
-  };
-  // More than once, for what was ready to go on may wait only now, and a task may try again. It is not told that it was
-  // cancelled, for then a loop that swallows every exception would go on for ever, without waiting.
+RUNTIME_BRIDGE_INLINE std::size_t Worker::end_calls() noexcept {
+  const auto every_task = [](Call&) { return true; };
+  // More than once, since what was ready may wait only now, and a task may try again.
   for (int round = 0; round < 3 && gate_.in_flight() != 0; ++round) {
-    emit_to_tasks(Emission::abort);
-    run_what_is_ready();
+    signals_.emit_to_all(Emission::abort, every_task);
+    context_.run_ready_handlers();
   }
   if (gate_.in_flight() == 0) return 0;
 
-  // What waits on this context is destroyed now. What comes back from elsewhere is to end at its next co_await.
-  emit_to_tasks(Emission::mark);
-  destroyed_ = 0;
+  // What waits on this context is destroyed now. What comes back from elsewhere ends at its next co_await.
+  signals_.emit_to_all(Emission::mark, every_task);
+  const std::size_t before = signals_.destroyed();
   context_.destroy_parked();
-  run_what_is_ready();
-  const std::size_t destroyed = destroyed_;  // without those on channels, which leave nothing behind
+  context_.run_ready_handlers();
+  const std::size_t destroyed = signals_.destroyed() - before;  // operations on channels leave nothing behind
   context_.destroy_on_channels();
-  run_what_is_ready();
+  context_.run_ready_handlers();
   if (gate_.in_flight() == 0) return destroyed;
 
-  // What waits elsewhere comes back to this context, which must not die before.
+  // What waits elsewhere comes back to this context, which must live until then.
   while (gate_.in_flight() != 0) {
-    if (poll_one() != 0) continue;
+    if (context_.run_ready_handler() != 0) continue;
     context_.destroy_parked();
-    if (poll_one() != 0) continue;
+    if (context_.run_ready_handler() != 0) continue;
     context_.destroy_on_channels();
-    if (poll_one() == 0 && gate_.in_flight() != 0) survive([&] { return context_.run_one(); });
+    if (context_.run_ready_handler() == 0 && gate_.in_flight() != 0) {
+      context_.survive([&] { return context_.run_one(); });
+    }
   }
   return 0;
 }
 
-/// Runs a handler, if one is ready, even if somebody has stopped the context again.
-inline std::size_t Core::poll_one() noexcept {
-  context_.restart();
-  return survive([&] { return context_.poll_one(); });
-}
-
-/// Runs handlers until none is ready. A coroutine that never waits always has one, so after some time it is let be.
-inline void Core::run_what_is_ready() noexcept {
-  const SteadyTime end = std::chrono::steady_clock::now() + std::chrono::milliseconds(5);
-  int handlers = 0;
-  for (int rounds = 0; handlers != 1 && (rounds < 4 || std::chrono::steady_clock::now() < end); ++rounds) {
-    // The queue is served in order: when this has passed, each handler that was queued has run.
-    OperationMemory memory;
-    bool passed = false;
-    post_in(memory, [&] { passed = true; });
-    handlers = 0;
-    do {
-      poll_one();
-      ++handlers;
-    } while (!passed);
-  }
-}
-
-/// Waits for foreign threads, and destroys what raw users of the executor have left behind.
-inline void Core::settle(std::size_t destroyed) noexcept {
-  // A foreign thread that has just handed a task back still holds the context for some instructions, and may be
-  // preempted there. If nothing else does, this returns as soon as it lets go; but Asio cannot tell it from operations
-  // that were destroyed or left behind, so with such give it time.
-  context_.restart();
-  work_.reset();
-  const std::size_t forgotten = context_.forget_operations(destroyed);
-  const auto end = std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
-  // More than once, if somebody stops the context again. Without work it returns at once.
-  for (int times = 0; times < 3; ++times) {
-    survive([&] { return context_.run_until(end); });
-    context_.restart();
-  }
-  work_.emplace(context_.get_executor());
-  context_.remember_operations(forgotten);
-
-  context_.destroy_parked();  // what waits on a channel is destroyed with the context
-  run_what_is_ready();
-}
-
-inline bool Core::shut_down(Shutdown how, SteadyTime deadline, bool last) noexcept {
+RUNTIME_BRIDGE_INLINE bool Worker::shut_down(Shutdown how, SteadyTime deadline, bool last) noexcept {
   gate_.close_to_calls();
-  if (how == Shutdown::cancel) cancel_calls();
-  const auto none = std::chrono::nanoseconds::zero();
-  // With calls in flight the last of them does this.
-  if (gate_.in_flight() == 0 || time_left(deadline) == none) stop();
+  if (how == Shutdown::cancel) cancel_all();
+  // If calls are in flight, the last one of them stops the loop.
+  if (gate_.in_flight() == 0 || has_passed(deadline)) stop();
 
-  if (!begin_wait(nullptr)) {
-    const std::lock_guard lock(mutex_);
-    if (last && thread_.joinable()) {
-      thread_.detach();
-      joined_ = true;
-      // After its loop a worker still destroys its thread_locals, which may make calls: they must not find the bridge.
-      if (ended_ && on_worker()) {
-        forget_worker();
-      } else if (ended_) {
-        leave(shared_from_this());  // one of them makes a call just now
-      }
-    }
+  WaitScope wait;
+  if (!wait.begin(node_, nullptr)) {
+    if (last) detach();
     return gate_.in_flight() == 0;
   }
   std::unique_lock lock(mutex_);
   while (!ended_) {
     const std::chrono::nanoseconds left = time_left(deadline);
-    if (left == none) {
+    if (left == std::chrono::nanoseconds::zero()) {
       stop();
       changed_.wait(lock, [&] { return ended_; });
     } else {
@@ -1449,249 +1775,393 @@ inline bool Core::shut_down(Shutdown how, SteadyTime deadline, bool last) noexce
     lock.unlock();
     thread.join();
     lock.lock();
-    forget_worker();  // its id may be another thread's from now on
+    node_.leave_worker();  // another thread may have its id from now on
     joined_ = true;
     changed_.notify_all();
   } else {
     changed_.wait(lock, [&] { return joined_; });
   }
-  end_wait(nullptr);
-  return !abandoned_;
+  return !cut_off_;
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// A call and its task
+RUNTIME_BRIDGE_INLINE void Worker::cancel_all() noexcept {
+  if (cancel_asked_.exchange(true)) return;
+  const auto admission = gate_.admit_post();
+  if (!admission) return;
+  context_.post(cancel_memory_, [this] {
+    if (mode_ == Mode::stopped) return;
+    mode_ = Mode::cancelling;
+    signals_.emit_to_all(Emission::cancel, [](Call& call) { return call.ask(BridgeError::Cancelled); });
+  });
+}
 
-/// A call that may end with a `T`.
+RUNTIME_BRIDGE_INLINE void Worker::stop() noexcept {
+  if (const auto admission = gate_.admit_post()) context_.stop();
+}
+
+RUNTIME_BRIDGE_INLINE void Worker::detach() noexcept {
+  const std::lock_guard lock(mutex_);
+  if (!thread_.joinable()) return;
+  thread_.detach();
+  joined_ = true;
+  // After its loop a worker still destroys its thread_locals, which may make calls: they must not find the bridge.
+  if (ended_ && on_worker()) {
+    node_.leave_worker();
+  } else if (ended_) {
+    leak(shared_from_this());  // one of them makes a call just now
+  }
+}
+
+#endif  // RUNTIME_BRIDGE_DECLARATIONS_ONLY
+
+// =====================================================================================================================
+// 15. Task call. Instantiated for each type that tasks give, and not for each task, to keep compile times low.
+
+/// The part of a call that runs a coroutine, whatever that returns.
+template <class Ex>
+class CoroutineTask {
+ public:
+  using Frame = net::detail::awaitable_frame_base<Ex>;
+
+  /// Calls the task, which makes its awaitable.
+  virtual void call() = 0;
+
+  /// Runs the awaitable as if it were awaited by the coroutine with this frame.
+  virtual void enter(Frame* caller) = 0;
+
+  /// Takes the result of the awaitable, which has ended. Throws what it threw.
+  virtual void take_result() = 0;
+
+ protected:
+  ~CoroutineTask() = default;
+};
+
+/// While it lives a task can be cancelled. It destroys the task, and then completes the call.
+class RunningTask {
+ public:
+  RunningTask(CallRef& ref, CancelSignal& signal) noexcept : signal_(signal), ref_(std::move(ref)) {
+    ref_.call().set_signal(&signal);
+    signal.call = &ref_.call();
+    signal.marked = false;
+  }
+  RunningTask(const RunningTask&) = delete;
+  RunningTask& operator=(const RunningTask&) = delete;
+  ~RunningTask() {
+    signal_.call = nullptr;
+    ref_.call().set_signal(nullptr);
+    ref_.call().release_task();
+    if (!ended_) signal_.destroyed.emplace(std::move(ref_));
+  }
+
+  /// The task was not destroyed, and has left nothing in the signal's slot.
+  void end() noexcept { ended_ = true; }
+
+ private:
+  CancelSignal& signal_;
+  bool ended_ = false;
+  CallRef ref_;
+};
+
+/// A function for `co_await` that runs the task's awaitable as if it were awaited, but leaves its frame and its result
+/// where they are: it may end on another thread.
+template <class Ex>
+struct EnterTask {
+  net::detail::awaitable_thread<Ex>* operator()(net::detail::awaitable_frame_base<Ex>* caller) const {
+    task.enter(caller);
+    return nullptr;
+  }
+
+  CoroutineTask<Ex>& task;
+};
+
+/// Initiates a post to the worker from another thread.
+struct PostToWorker {
+  template <class Handler>
+  void operator()(Handler handler) const {
+    // The worker may go on at once, and end, while this thread is still inside asio::post.
+    const std::shared_ptr<Worker> alive = worker.shared_from_this();
+    const auto executor = alive->get_executor();
+    net::post(executor, net::bind_allocator(memory, net::bind_executor(executor, std::move(handler))));
+  }
+
+  Worker& worker;
+  HandlerAllocator<void> memory;
+};
+
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wzero-as-null-pointer-constant"  // g++ 12 means its own code in a coroutine
+
+/// Runs the task, and outlives it: `running` is destroyed last, and completes the call when the task's frame is gone.
+template <class Ex>
+net::awaitable<void, Ex> drive(CallRef ref, CoroutineTask<Ex>& task, CancelSignal& signal) {
+  Call& call = ref.call();
+  Worker& worker = call.worker();
+  RunningTask running(ref, signal);
+  try {
+    co_await net::this_coro::reset_cancellation_state(MarksTask{&signal}, AbortsOperation{&signal});
+    call.set_running();
+    task.call();
+    const EnterTask<Ex> enter{task};
+    co_await enter;
+    // A task that ended on another executor is brought back. Only the worker may know whether it was cancelled, so the
+    // other thread does not look.
+    while (!worker.on_worker()) {
+      co_await net::this_coro::throw_if_cancelled(false);
+      try {
+        const PostToWorker post{worker, HandlerAllocator<void>(call.start_memory())};
+        const net::use_awaitable_t<Ex> token;
+        co_await net::async_initiate<decltype(token), void()>(post, token);
+      } catch (const std::bad_alloc&) {
+        std::this_thread::yield();
+      }
+    }
+    if (!worker.has_destroyed()) task.take_result();
+  } catch (...) {
+    call.set_threw(worker.stopped());
+  }
+  // Nothing of the task stays in the signal: neither the handler of its last operation, nor its filters.
+  co_await net::this_coro::reset_cancellation_state();
+  running.end();
+}
+
+#pragma GCC diagnostic pop
+
+template <class Ex>
+void spawn(CallRef ref, CoroutineTask<Ex>& task) noexcept {
+  ref.call().set_starting();
+  Worker& worker = ref.call().worker();
+  try {
+    CancelSignals::Lease lease(worker.signals());
+    CancelSignal& signal = lease.signal();
+    net::co_spawn(worker.get_executor(), drive(std::move(ref), task, signal),
+                  net::bind_cancellation_slot(signal.signal.slot(), std::move(lease)));
+  } catch (...) {
+    // No memory for the coroutine. The reference was destroyed on the way, and the call knows that it was starting.
+  }
+}
+
+RUNTIME_BRIDGE_COMPILE_ONCE(void spawn(CallRef, CoroutineTask<net::any_io_executor>&) noexcept)
+RUNTIME_BRIDGE_COMPILE_ONCE(void spawn(CallRef, CoroutineTask<net::io_context::executor_type>&) noexcept)
+
+template <class T>
+void* address_of(T& object) noexcept {
+  return const_cast<void*>(static_cast<const volatile void*>(std::addressof(object)));
+}
+
+/// A task that somebody else keeps. `Called` is what calling it gives: an awaitable, or a value.
+template <class Called>
+struct TaskPointer {
+  /// `Task` is as for `invoke_task`: an rvalue is called as an rvalue.
+  template <class Task>
+  static TaskPointer to(std::remove_reference_t<Task>& task) noexcept {
+    using Object = std::remove_reference_t<Task>;
+    return {address_of(task), [](void* object) -> Called { return invoke_task<Task>(*static_cast<Object*>(object)); }};
+  }
+
+  Called operator()() const { return call(object); }
+
+  void* object;
+  Called (*call)(void*);
+};
+
+/// The task of a call: borrowed from its caller, or the call's own.
+template <class Called>
+class HeldTask {
+ public:
+  HeldTask() = default;
+  explicit HeldTask(TaskPointer<Called> task) noexcept : task_(task) {}
+  HeldTask(const HeldTask&) = delete;
+  HeldTask& operator=(const HeldTask&) = delete;
+  ~HeldTask() { reset(); }
+
+  template <class Task>
+  void own(Task&& task) {
+    using Object = std::decay_t<Task>;
+    Object* object;
+    if constexpr (sizeof(Object) <= sizeof(bytes_) && alignof(Object) <= alignof(std::max_align_t)) {
+      object = ::new (static_cast<void*>(bytes_)) Object(std::forward<Task>(task));
+      destroy_ = [](void* o) { std::destroy_at(static_cast<Object*>(o)); };
+    } else {
+      object = new Object(std::forward<Task>(task));
+      destroy_ = [](void* o) { delete static_cast<Object*>(o); };
+    }
+    task_ = TaskPointer<Called>::template to<Object>(*object);
+  }
+
+  void reset() noexcept {
+    if (destroy_) std::exchange(destroy_, nullptr)(task_.object);
+  }
+
+  Called operator()() { return task_(); }
+
+ private:
+  TaskPointer<Called> task_{};
+  void (*destroy_)(void*) = nullptr;
+  alignas(std::max_align_t) std::byte bytes_[64];
+};
+
+/// A call that may have a `T`.
 template <class T>
 class ResultCall : public Call {
-  using Stored = std::conditional_t<std::is_void_v<T>, std::monostate, T>;
-
  public:
-  /// For a call that was answered.
+  using Value = T;
+
+  /// For a completed call.
   Result<T> result() {
-    if (!value_) return unexpected<BridgeError>(error());
+    if (!value_) return unexpected<BridgeError>(this->error());
     if constexpr (std::is_void_v<T>) {
       return {};
     } else {
       try {
         return Result<T>(InPlace{}, std::move(*value_));
       } catch (...) {
-        return unexpected<BridgeError>(
-            {BridgeError::ResponseLost, std::current_exception(), literal("the task threw")});
+        return unexpected<BridgeError>(this->thrown());
       }
     }
   }
 
  protected:
-  std::optional<Stored> value_;
-};
-
-/// A call of one kind of Task, which is borrowed from the caller (`Held` is a pointer) or the call's own (`Held` is a
-/// `std::optional`).
-template <class Task, class Held>
-class TaskCall final : public ResultCall<TaskValue<Task>> {
-  using Traits = TaskTraits<Task>;
-
- public:
-  template <class T>
-  TaskCall(std::in_place_t, T&& task) : held_(hold(std::forward<T>(task))) {}
+  /// Calls `function` and keeps what it returns.
+  template <class Function>
+  void keep_result(Function function) {
+    if constexpr (std::is_void_v<T>) {
+      function();
+      value_.emplace();
+    } else {
+      value_.emplace(function());
+    }
+    this->set_returned();
+  }
 
  private:
-  template <class T>
-  static Held hold(T&& task) {
-    if constexpr (std::is_pointer_v<Held>) {
-      return std::addressof(task);
-    } else {
-      return Held(std::forward<T>(task));
-    }
-  }
-
-  void start(Ticket ticket) noexcept override {
-    this->stage_ = Call::Stage::starting;
-    if constexpr (is_awaitable<typename Traits::Begun>) {
-      // Without memory for the coroutines the ticket is dropped on the way, and the stage tells the caller why.
-      Core& core = ticket.core();
-      try {
-        Finished finished(core);
-        Running& running = finished.running();
-        asio::co_spawn(core.get_executor(), drive(std::move(ticket), *this, running),
-                       asio::bind_cancellation_slot(running.signal.slot(), std::move(finished)));
-      } catch (...) {
-      }
-    } else {
-      this->stage_ = Call::Stage::running;
-      try {
-        if constexpr (std::is_void_v<typename Traits::Value>) {
-          begin<Task>(*held_);
-          this->value_.emplace();
-        } else {
-          this->value_.emplace(begin<Task>(*held_));
-        }
-      } catch (...) {
-        this->cause_ = std::current_exception();
-      }
-      release_task();
-    }
-  }
-
-  void release_task() noexcept override {
-    if constexpr (!std::is_pointer_v<Held>) held_.reset();
-  }
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wzero-as-null-pointer-constant"  // g++ 12 means its own code in a coroutine
-#endif
-
-  /// While it lives the task can be cancelled; with it, the task dies.
-  class Cancellable {
-   public:
-    Cancellable(Ticket& ticket, TaskCall& call, Running& running) noexcept
-        : call_(call), running_(running), ticket_(std::move(ticket)) {
-      call.running_ = &running;
-      running.call = &call;
-      running.remembered = false;
-    }
-    Cancellable(const Cancellable&) = delete;
-    Cancellable& operator=(const Cancellable&) = delete;
-    ~Cancellable() {
-      running_.call = nullptr;
-      call_.running_ = nullptr;
-      call_.release_task();
-      if (!ended_) running_.ticket.emplace(std::move(ticket_));
-    }
-
-    void end() noexcept { ended_ = true; }
-
-   private:
-    TaskCall& call_;
-    Running& running_;
-    bool ended_ = false;  // the task was not destroyed
-    Ticket ticket_;
-  };
-
-  /// Runs an awaitable as `co_await` does, but leaves its frame and its result where they are: it may come back on
-  /// another thread.
-  struct Enter {
-    using Executor = typename Traits::Executor;
-
-    asio::detail::awaitable_thread<Executor>* operator()(asio::detail::awaitable_frame_base<Executor>* base) const {
-      using Frame = asio::detail::awaitable_frame<void, Executor>;
-      awaitable.await_suspend(asio::detail::coroutine_handle<Frame>::from_promise(static_cast<Frame&>(*base)));
-      return nullptr;
-    }
-
-    std::remove_cvref_t<typename Traits::Begun>& awaitable;
-  };
-
-  /// Runs the task, and outlives it: the first local is destroyed last, so when its ticket answers the caller, the
-  /// task's own frame is gone.
-  static asio::awaitable<void, typename Traits::Executor> drive(Ticket ticket, TaskCall& self, Running& running) {
-    Core& core = ticket.core();
-    Cancellable cancellable(ticket, self, running);
-    try {
-      co_await asio::this_coro::reset_cancellation_state(Remembers{&running}, PassesOn{&running});
-      self.stage_ = Call::Stage::running;
-      auto awaitable = begin<Task>(*self.held_);
-      if (!awaitable.valid()) throw std::invalid_argument("runtime_bridge: an awaitable that was given up before");
-      const Enter enter{awaitable};
-      co_await enter;
-      // A task that went on elsewhere is brought back. Whether it is cancelled meanwhile is the worker's to know, so
-      // that is not looked at here.
-      while (!core.on_worker()) {
-        co_await asio::this_coro::throw_if_cancelled(false);
-        try {
-          const auto post = self.post_back(core);
-          const asio::use_awaitable_t<typename Traits::Executor> token;
-          co_await asio::async_initiate<decltype(token), void()>(post, token);
-        } catch (const std::bad_alloc&) {
-          std::this_thread::yield();
-        }
-      }
-      if (!core.has_destroyed()) self.take(awaitable);
-    } catch (...) {
-      self.cause_ = std::current_exception();
-    }
-    // Nothing of the task stays in the signal: not the handler of its last operation, nor its filters.
-    co_await asio::this_coro::reset_cancellation_state();
-    cancellable.end();
-  }
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
-
-  auto post_back(Core& core) noexcept {
-    return [&core, memory = OperationAllocator<void>(this->start_memory_)](auto handler) {
-      // The worker may go on at once, and end, while this thread is still inside asio::post.
-      const std::shared_ptr<Core> alive = core.shared_from_this();
-      const auto executor = alive->get_executor();
-      asio::post(executor, asio::bind_allocator(memory, asio::bind_executor(executor, std::move(handler))));
-    };
-  }
-
-  template <class Awaitable>
-  void take(Awaitable& awaitable) {
-    if constexpr (std::is_void_v<typename Traits::Value>) {
-      awaitable.await_resume();
-      this->value_.emplace();
-    } else {
-      this->value_.emplace(awaitable.await_resume());
-    }
-  }
-
-  Held held_;
+  std::optional<std::conditional_t<std::is_void_v<T>, std::monostate, T>> value_;
 };
 
-/// A call whose caller waits for it: it borrows a callable, and takes an awaitable.
-template <class Task>
-using WaitedCall = TaskCall<Task, std::conditional_t<is_awaitable<Task>, std::optional<std::remove_reference_t<Task>>,
-                                                     std::remove_reference_t<Task>*>>;
+/// A call of a plain callable.
+template <class Called>
+class PlainCall final : public ResultCall<Called> {
+ public:
+  PlainCall() = default;
+  explicit PlainCall(TaskPointer<Called> task) : task_(task) {}
 
-/// A call that owns its task.
-template <class Task>
-using SubmittedCall = TaskCall<std::decay_t<Task>, std::optional<std::decay_t<Task>>>;
+  template <class Task>
+  void own(Task&& task) {
+    task_.own(std::forward<Task>(task));
+  }
+
+ private:
+  void start(CallRef) noexcept override {
+    try {
+      this->keep_result([this]() -> Called { return task_(); });
+    } catch (...) {
+      this->set_threw(false);
+    }
+  }
+
+  void release_task() noexcept override { task_.reset(); }
+
+  HeldTask<Called> task_;
+};
+
+/// A call of a coroutine: of an awaitable, or of something that makes one.
+template <class Awaitable>
+class CoroutineCall final : public ResultCall<typename AwaitableTraits<Awaitable>::Value>,
+                            private CoroutineTask<typename AwaitableTraits<Awaitable>::Executor> {
+  using Executor = typename AwaitableTraits<Awaitable>::Executor;
+  using typename CoroutineTask<Executor>::Frame;
+
+ public:
+  CoroutineCall() = default;
+  explicit CoroutineCall(TaskPointer<Awaitable> task) : task_(task) {}
+  explicit CoroutineCall(Awaitable&& awaitable) : awaitable_(std::move(awaitable)) {}
+
+  template <class Task>
+  void own(Task&& task) {
+    if constexpr (is_awaitable<Task>) {
+      awaitable_.emplace(std::forward<Task>(task));
+    } else {
+      task_.own(std::forward<Task>(task));
+    }
+  }
+
+ private:
+  void start(CallRef self) noexcept override { spawn<Executor>(std::move(self), *this); }
+
+  void release_task() noexcept override {
+    awaitable_.reset();
+    task_.reset();
+  }
+
+  void call() override {
+    if (!awaitable_) awaitable_.emplace(task_());
+    if (!awaitable_->valid()) throw std::invalid_argument("runtime_bridge: an awaitable that was given up before");
+  }
+
+  void enter(Frame* caller) override {
+    using Caller = net::detail::awaitable_frame<void, Executor>;
+    awaitable_->await_suspend(net::detail::coroutine_handle<Caller>::from_promise(static_cast<Caller&>(*caller)));
+  }
+
+  void take_result() override {
+    this->keep_result([this] { return awaitable_->await_resume(); });
+  }
+
+  HeldTask<Awaitable> task_;
+  std::optional<Awaitable> awaitable_;
+};
+
+template <class Called>
+using TaskCall = std::conditional_t<is_awaitable<Called>, CoroutineCall<Called>, PlainCall<Called>>;
+
+/// Runs a task and waits for it: see `RuntimeBridge::block_on_until`.
+template <class Called, class Task, class Clock, class Duration>
+auto block_on(std::shared_ptr<Worker> worker, Task task, const std::chrono::time_point<Clock, Duration>& deadline,
+              const StopToken& stop) -> Result<typename TaskCall<Called>::Value> {
+  TaskCall<Called> call(std::move(task));
+  if (!worker) return failure(BridgeError::WorkerDead, "the bridge was moved from");
+  if (auto refusal = worker->block(call, deadline, stop)) return unexpected<BridgeError>(*std::move(refusal));
+  return call.result();
+}
 
 }  // namespace detail
 
-// ---------------------------------------------------------------------------------------------------------------------
-// The bridge
+// =====================================================================================================================
+// 16. RuntimeBridge and JoinHandle
 
 template <class T>
 class JoinHandle;
 
 /// A worker thread with a private `asio::io_context`, and the way to call it.
 ///
-/// *Threads.* Every member function may be called from any thread, at the same time as any other; moving and assigning
-/// are as for any object. Calls in flight do not touch the bridge itself, so it may be destroyed under them.
+/// *Threads.* Any thread may call any member function at any time. Moving and assigning are as for any object. Calls in
+/// flight do not touch the bridge itself, so it may be destroyed while they run.
 ///
-/// *Lifetimes.* I/O objects built on the bridge's executor must be destroyed before the bridge, and must not be built
-/// by other threads while it is shut down: Asio adds its services without a lock then. The bridge may be destroyed by a
-/// task on its own worker: the worker then ends by itself, after that task's current step. In a part of a task that has
-/// gone on on another executor it would wait for that task.
+/// *Lifetimes.* Destroy I/O objects built on the bridge's executor before the bridge, and do not build them on other
+/// threads while it is being shut down: Asio adds its services without a lock then. A task on the bridge's own worker
+/// may destroy the bridge: the worker then ends by itself, after the task's current step. A task that has moved to
+/// another executor must not: the destructor would wait for that task.
 ///
-/// *fork.* In a child process every call is `WorkerDead`, and shutting down or destroying the bridge does nothing.
+/// *fork.* In a child process every call returns `WorkerDead`, and shutting down or destroying the bridge does nothing.
 class RuntimeBridge {
  public:
-  using executor_type = asio::io_context::executor_type;
+  using executor_type = detail::net::io_context::executor_type;
 
-  /// Makes the worker. Throws `std::system_error` if there is no thread to be had, or no descriptors for its reactor
-  /// (with `Start::lazy` that is found out by the first call).
+  /// Makes the worker. Throws `std::system_error` if the system has no thread, or no descriptors for its reactor (with
+  /// `Start::lazy` the first call finds out).
   explicit RuntimeBridge(Options options = {}) {
     const bool eager = options.start == Start::eager;
-    core_ = std::make_shared<detail::Core>(std::move(options));
-    if (eager) core_->start();
+    worker_ = std::make_shared<detail::Worker>(std::move(options));
+    if (eager) worker_->start();
   }
 
-  /// A bridge with this name for its worker and defaults for the rest.
+  /// A bridge with this name for its worker, and defaults for everything else.
   [[nodiscard]] static RuntimeBridge with_thread_name(std::string name) {
     Options options;
     options.thread_name = std::move(name);
     return RuntimeBridge(std::move(options));
   }
 
-  /// The constructor, for callers without exceptions. `std::errc::not_enough_memory` stands for `std::bad_alloc`.
+  /// The constructor for callers without exceptions. `std::errc::not_enough_memory` stands for `std::bad_alloc`.
   [[nodiscard]] static detail::Expected<RuntimeBridge, std::error_code> create(Options options = {}) noexcept {
     try {
       return RuntimeBridge(std::move(options));
@@ -1702,153 +2172,140 @@ class RuntimeBridge {
     }
   }
 
-  /// The moved-from bridge is as one that was shut down, but has no executor.
+  /// The moved-from bridge behaves like one that was shut down, but has no executor.
   RuntimeBridge(RuntimeBridge&&) noexcept = default;
 
   RuntimeBridge& operator=(RuntimeBridge&& other) noexcept {
     RuntimeBridge taken(std::move(other));
-    std::swap(core_, taken.core_);
+    std::swap(worker_, taken.worker_);
     return *this;
   }
 
-  /// Stops the worker now and joins it. First the tasks in flight are cancelled, while all that they wait for is alive;
-  /// one that ends with a value has it. Then those that ignore it are destroyed on the worker where they wait, and
-  /// their callers get `ResponseLost`. A task that waits for something foreign (another context, a pool, a look-up of a
-  /// name) is waited for, and so is one that ignores cancellation and never waits.
+  /// Stops the worker now and joins it. First, the tasks in flight are cancelled while everything that they wait for is
+  /// alive; a task that returns a value then keeps it. Tasks that ignore cancellation are destroyed on the worker where
+  /// they wait, and their callers get `ResponseLost`. The destructor waits for a task that waits for something foreign
+  /// (another context, a pool, a look-up of a name), and for one that ignores cancellation and never waits.
   ///
-  /// With tasks that heed cancellation this is over at once. It takes up to a fifth of a second if something was
-  /// destroyed while something foreign was about, or if raw users of the executor have left operations or work behind:
-  /// a foreign thread may still be at it.
+  /// If all tasks heed cancellation this returns at once. It takes up to 200 ms if something was destroyed while
+  /// something foreign was involved, or if raw users of the executor have left operations or work behind: a foreign
+  /// thread may still use the context.
   ~RuntimeBridge() {
-    if (!core_) return;
-    if (core_->forked()) {
-      detail::Core::leave(std::move(core_));
+    if (!worker_) return;
+    if (worker_->forked()) {
+      detail::Worker::leak(std::move(worker_));
     } else {
-      core_->shut_down(Shutdown::drain, (detail::SteadyTime::min)(), true);
+      worker_->shut_down(Shutdown::drain, (detail::SteadyTime::min)(), true);
     }
   }
 
-  /// The worker's executor, to build sockets, timers and pools on. The bridge must not be moved from.
+  /// The worker's executor, to build sockets, timers and pools on. Not for a bridge that was moved from.
   [[nodiscard]] executor_type get_executor() const noexcept {
-    assert(core_ && "runtime_bridge: get_executor of a bridge that was moved from");
-    return core_->get_executor();
+    assert(worker_ && "runtime_bridge: get_executor of a bridge that was moved from");
+    return worker_->get_executor();
   }
 
   /// The number of calls that were admitted and have not ended.
-  [[nodiscard]] std::size_t in_flight() const noexcept { return core_ ? core_->in_flight() : 0; }
+  [[nodiscard]] std::size_t in_flight() const noexcept { return worker_ ? worker_->in_flight() : 0; }
 
   /// Runs a task on the worker and waits until it is over.
   ///
   /// A Task is an `asio::awaitable`, given as an rvalue; a callable without parameters that returns one, called on the
   /// worker and borrowed until the call is over; a callable without parameters that returns a plain value or void, run
-  /// on the worker; or an Asio operation that waits for its token.
+  /// on the worker; or an Asio operation that waits for its completion token.
   ///
   /// | what happens                                                 | result                                      |
   /// |--------------------------------------------------------------|---------------------------------------------|
   /// | the task returns, even if it was cancelled                   | its value                                   |
   /// | the task throws                                              | `ResponseLost`, with what it threw as cause |
-  /// | the worker is stopped under the task, or what the task waits | `ResponseLost`, no cause                    |
-  /// | for goes away                                                |                                             |
-  /// | the bridge was shut down or moved from, its worker has ended | `WorkerDead`; the task is destroyed unrun   |
-  /// | or lives in the parent process, or could not be started      |                                             |
+  /// | the worker is stopped while the task runs, or what the task  | `ResponseLost`, no cause                    |
+  /// | waits for is destroyed                                       |                                             |
+  /// | the bridge was shut down or moved from, its worker has ended | `WorkerDead`; the task is destroyed without |
+  /// | or lives in the parent process, or could not be started      | having run                                  |
   /// | (then with the cause)                                        |                                             |
   /// | the deadline passes                                          | the task is cancelled and waited for; then  |
   /// |                                                              | `TimedOut`, with what it threw as cause     |
-  /// | a stop is requested, or `shutdown(Shutdown::cancel)` comes   | the same, `Cancelled`                       |
+  /// | a stop is requested, or `shutdown(Shutdown::cancel)` called  | the same, `Cancelled`                       |
   /// | called on the bridge's own worker, or in a way that closes a | `WouldDeadlock`; the task is destroyed      |
-  /// | ring of bridges that wait for each other                     | unrun                                       |
+  /// | ring of bridges that wait for each other                     | without having run                          |
   ///
-  /// The task is over when this returns: its coroutine was destroyed on the worker, and nothing of it is used there any
-  /// more. So it may hold references to the caller's locals. Throws `std::bad_alloc` if there is no memory to make the
-  /// call, which then never was.
+  /// The task is over when this returns: its coroutine was destroyed on the worker, and the worker uses nothing of it
+  /// any more. So it may hold references to the caller's locals. Throws `std::bad_alloc` if there is no memory to make
+  /// the call; nothing was done then.
   ///
-  /// A stop may be requested by any thread, the task itself included. Cancellation is Asio's: the operation that the
-  /// task waits for ends with `operation_aborted`, and so does every later `co_await`. A task that ignores that is
-  /// waited for. A stop that was requested before the call does not start the task.
+  /// Any thread may request a stop, the task itself included. Cancellation is Asio's: the operation that the task waits
+  /// for ends with `operation_aborted`, and so does every later `co_await`. A task that ignores that is waited for. If
+  /// the stop was requested before the call, the task is not started.
   ///
-  /// Not for coroutines, which can `co_await`; not for work that only computes and so holds up all other calls; not for
-  /// a task that waits for something that only the blocked caller could do.
+  /// Not for coroutines, which can `co_await`; not for work that only computes, since it holds up all other calls; not
+  /// for a task that waits for something that only the blocked caller could do.
   template <class Task>
   [[nodiscard]] Result<detail::TaskValue<Task>> block_on(Task&& task, std::stop_token stop = {}) const {
     return block_on_until(std::forward<Task>(task), (detail::SteadyTime::max)(), std::move(stop));
   }
 
-  /// `block_on` with a deadline: this long from now. Durations too long for the clock mean no deadline; with zero or
-  /// less the task is not started.
+  /// `block_on` with a deadline: this long from now. A duration that is too long for the clock means no deadline. If it
+  /// is zero or less, the task is not started.
   template <class Task, class Rep, class Period>
   [[nodiscard]] Result<detail::TaskValue<Task>> block_on_for(Task&& task, std::chrono::duration<Rep, Period> timeout,
                                                              std::stop_token stop = {}) const {
     return block_on_until(std::forward<Task>(task), detail::time_after(timeout), std::move(stop));
   }
 
-  /// `block_on` with a deadline, by any clock. If it has passed already the task is not started. A clock that is not
-  /// steady and is set forward meanwhile may be noticed a second late. What the clock throws is thrown here, after the
-  /// task was cancelled and is over.
+  /// `block_on` with a deadline, of any clock. If the deadline has already passed, the task is not started. If a clock
+  /// that is not steady is set forward meanwhile, that may be noticed a second late. What the clock throws is thrown
+  /// here, once the task was cancelled and is over.
   template <class Task, class Clock, class Duration>
   [[nodiscard]] Result<detail::TaskValue<Task>> block_on_until(Task&& task,
                                                                std::chrono::time_point<Clock, Duration> deadline,
                                                                std::stop_token stop = {}) const {
     detail::assert_task<Task>();
     if constexpr (!detail::is_task<Task>) {
-      return detail::refuse(BridgeError::WorkerDead, "not a Task");
+      return detail::failure(BridgeError::WorkerDead, "not a Task");
+    } else if constexpr (std::is_function_v<std::remove_reference_t<Task>>) {
+      return block_on_until(&task, deadline, std::move(stop));
     } else {
-      const std::shared_ptr<detail::Core> core = core_;
-      detail::WaitedCall<Task> call(std::in_place, std::forward<Task>(task));
-      if (!core) return detail::refuse(BridgeError::WorkerDead, "the bridge was moved from");
-      if (stop.stop_requested()) return detail::refuse(BridgeError::Cancelled, "a stop was requested before the call");
-      if (detail::time_left(deadline) == std::chrono::nanoseconds::zero()) {
-        return detail::refuse(BridgeError::TimedOut, "the deadline had passed before the call");
+      using Called = typename detail::TaskTraits<Task>::Called;
+      if constexpr (detail::is_awaitable<Task>) {
+        return detail::block_on<Called>(worker_, std::move(task), deadline, stop);
+      } else {
+        const auto pointer = detail::TaskPointer<Called>::template to<Task>(task);
+        return detail::block_on<Called>(worker_, pointer, deadline, stop);
       }
-      if (auto refusal = core->post(call, true)) return detail::unexpected<BridgeError>(std::move(*refusal));
-
-      const std::stop_callback on_stop(stop, [&]() noexcept { core->cancel(call, BridgeError::Cancelled); });
-      try {
-        if (!core->spin(call) && !call.wait_until(deadline)) {
-          core->cancel(call, BridgeError::TimedOut);
-          call.wait();
-        }
-      } catch (...) {  // out of the clock
-        core->cancel(call, BridgeError::Cancelled);
-        call.wait();
-        throw;
-      }
-      return call.result();
     }
   }
 
-  /// Runs a task on the worker without waiting. What it is given must own its data, for it may outlive the caller.
+  /// Runs a task on the worker without waiting. The task must own its data, since it may outlive the caller.
   ///
-  /// The task is as for `block_on`, and so is what `JoinHandle::join` returns. Never waits, so it may be called on the
-  /// worker itself. Throws `std::bad_alloc` like `block_on`.
+  /// Tasks are as for `block_on`, and so is the result of `JoinHandle::join`. This never waits, so it may be called on
+  /// the worker itself. Throws `std::bad_alloc` like `block_on`.
   template <class Task>
   JoinHandle<detail::TaskValue<Task>> submit(Task&& task) const;
 
-  /// Admits no more calls, waits for those in flight, and ends the worker. Later calls are `WorkerDead`.
+  /// Admits no more calls, waits for those in flight, and ends the worker. Later calls return `WorkerDead`.
   ///
-  /// At `limit` the worker is stopped as by the destructor, and the callers that are left get `ResponseLost`; false
-  /// tells that this has happened. What waits for something foreign is waited for even then. May be called from any
-  /// thread, again, and at the same time; each call may shorten the limit of the others. I/O objects may be destroyed
+  /// At `limit` the worker is stopped as by the destructor, and the remaining callers get `ResponseLost`; then this
+  /// returns false. Tasks that wait for something foreign are waited for even then. Any thread may call this, more than
+  /// once, and at the same time; each call may shorten the limit of the others. I/O objects may be destroyed
   /// afterwards.
   ///
-  /// On the worker itself, or where waiting for it would close a ring, it does not wait: the worker ends by itself once
-  /// the last call in flight is over, at once if there is none or `limit` is zero, and the result tells whether there
-  /// is none.
+  /// On the worker itself, or if waiting would close a ring, it does not wait: the worker ends by itself once the last
+  /// call in flight is over, at once if there is none or `limit` is zero. The result tells whether there is none.
   template <class Rep = std::chrono::hours::rep, class Period = std::chrono::hours::period>
   bool shutdown(Shutdown how, std::chrono::duration<Rep, Period> limit = (std::chrono::hours::max)()) const noexcept {
-    const std::shared_ptr<detail::Core> core = core_;
-    return !core || core->forked() || core->shut_down(how, detail::time_after(limit), false);
+    const std::shared_ptr<detail::Worker> worker = worker_;
+    return !worker || worker->forked() || worker->shut_down(how, detail::time_after(limit), false);
   }
 
  private:
-  std::shared_ptr<detail::Core> core_;
+  std::shared_ptr<detail::Worker> worker_;
 };
 
-/// A submitted task, to be waited for. As with `std::jthread`, its destructor requests a stop and waits until the task
-/// is over, unless it was joined or detached.
+/// A submitted task. Like `std::jthread`, a handle requests a stop and joins in its destructor, unless it was joined or
+/// detached.
 ///
-/// It may outlive the bridge. One thread at a time may use it, but `request_stop` and `done` may be called by others,
-/// too. On the bridge's own worker, or where waiting would close a ring of bridges that wait for each other, nothing
-/// waits: `join` is `WouldDeadlock`, `wait_for` tells what is, and the destructor detaches.
+/// It may outlive the bridge. One thread at a time may use it, but other threads may call `request_stop` and `done`. On
+/// the bridge's own worker, or if waiting would close a ring of bridges that wait for each other, nothing waits: `join`
+/// returns `WouldDeadlock`, `wait_for` returns at once, and the destructor detaches.
 template <class T>
 class [[nodiscard]] JoinHandle {
  public:
@@ -1856,31 +2313,30 @@ class [[nodiscard]] JoinHandle {
   JoinHandle(JoinHandle&&) noexcept = default;
   JoinHandle& operator=(JoinHandle&& other) noexcept {
     JoinHandle taken(std::move(other));
-    std::swap(core_, taken.core_);
+    std::swap(worker_, taken.worker_);
     std::swap(call_, taken.call_);
     std::swap(joined_, taken.joined_);
     return *this;
   }
   ~JoinHandle() {
-    if (!joinable()) return;
-    request_stop();
-    (void)wait_until((detail::SteadyTime::max)());
+    if (joinable()) stop_and_wait();
   }
 
-  /// Whether there is a task to be joined.
+  /// Whether there is a task to join.
   [[nodiscard]] bool joinable() const noexcept { return call_ && !joined_ && !call_->detached(); }
 
-  /// Waits until the task is over, and gives what `block_on` would. Once: the handle has no task any more, unless the
+  /// Waits until the task is over, and returns what `block_on` would. The handle has no task afterwards, unless the
   /// result is `WouldDeadlock`, or `WorkerDead` in a forked child. Throws `std::system_error`
-  /// (`std::errc::invalid_argument`) if it had none.
+  /// (`std::errc::invalid_argument`) if it has no task.
   [[nodiscard]] Result<T> join() {
     if (!joinable()) {
       throw std::system_error(std::make_error_code(std::errc::invalid_argument), "runtime_bridge: join without a task");
     }
-    if (!call_->answered()) {
-      if (core_->forked()) return detail::refuse(BridgeError::WorkerDead, "the worker lives in the parent process");
+    if (!call_->completed()) {
+      if (worker_->forked()) return detail::failure(BridgeError::WorkerDead, "the worker lives in the parent process");
+      detail::WaitScope wait;
       std::shared_ptr<const char> ring;
-      if (!core_->begin_wait(call_.get(), &ring)) {
+      if (!wait.begin(worker_->node(), &call_->wait_record(), &ring)) {
         return detail::unexpected<BridgeError>({BridgeError::WouldDeadlock, nullptr, std::move(ring)});
       }
       call_->wait();
@@ -1889,7 +2345,7 @@ class [[nodiscard]] JoinHandle {
     return call_->result();
   }
 
-  /// Waits until the task is over, but not for longer than this. True if it is over, or if there is none.
+  /// Waits until the task is over, but not longer than this. True if it is over, or if there is none.
   template <class Rep, class Period>
   bool wait_for(std::chrono::duration<Rep, Period> timeout) const {
     return wait_until(detail::time_after(timeout));
@@ -1897,12 +2353,12 @@ class [[nodiscard]] JoinHandle {
 
   /// Whether the task is over, or there is none (as in a forked child).
   [[nodiscard]] bool done() const noexcept {
-    return !call_ || call_->detached() || call_->answered() || core_->forked();
+    return !call_ || call_->detached() || call_->completed() || worker_->forked();
   }
 
-  /// Asks for the cancellation of the task, as a stop does for `block_on`. Does not wait.
+  /// Requests the cancellation of the task, as a stop does for `block_on`. Does not wait.
   void request_stop() noexcept {
-    if (call_ && core_ && !call_->detached()) core_->cancel(*call_, BridgeError::Cancelled);
+    if (call_ && worker_ && !call_->detached()) worker_->cancel(*call_, BridgeError::Cancelled);
   }
 
   /// Lets the task run on. Its result is discarded.
@@ -1913,22 +2369,40 @@ class [[nodiscard]] JoinHandle {
  private:
   friend class RuntimeBridge;
 
-  JoinHandle(std::shared_ptr<detail::Core> core, std::shared_ptr<detail::ResultCall<T>> call) noexcept
-      : core_(std::move(core)), call_(std::move(call)) {}
+  JoinHandle(std::shared_ptr<detail::Worker> worker, std::shared_ptr<detail::ResultCall<T>> call) noexcept
+      : worker_(std::move(worker)), call_(std::move(call)) {}
+
+  /// What `submit` does, for all tasks that give the same type. `own` gives the task to the call.
+  template <class Called>
+  static JoinHandle submit(std::shared_ptr<detail::Worker> worker, void* task,
+                           void (*own)(detail::TaskCall<Called>& call, void* task)) {
+    auto call = std::make_shared<detail::TaskCall<Called>>();
+    own(*call, task);
+    if (!worker) {
+      call->refuse({BridgeError::WorkerDead, nullptr, detail::static_text("the bridge was moved from")});
+    } else if (auto refusal = worker->send(*call, nullptr, call)) {
+      call->refuse(*std::move(refusal));
+    }
+    return {std::move(worker), std::move(call)};
+  }
+
+  void stop_and_wait() noexcept {
+    request_stop();
+    (void)wait_until((detail::SteadyTime::max)());
+  }
 
   bool wait_until(detail::SteadyTime deadline) const {
     if (done()) return true;
-    if (!core_->begin_wait(call_.get())) return false;
-    const bool over = call_->wait_until(deadline);
-    if (!over) core_->end_wait(call_.get());
-    return over;
+    detail::WaitScope wait;
+    return wait.begin(worker_->node(), &call_->wait_record()) && call_->wait_until(deadline);
   }
 
-  std::shared_ptr<detail::Core> core_;
+  std::shared_ptr<detail::Worker> worker_;
   std::shared_ptr<detail::ResultCall<T>> call_;
   bool joined_ = false;  // `call_` stays, for other threads may be asking it to stop
 };
 
+// Here, because it needs JoinHandle.
 template <class Task>
 JoinHandle<detail::TaskValue<Task>> RuntimeBridge::submit(Task&& task) const {
   constexpr bool can_be_kept = std::constructible_from<std::decay_t<Task>, Task>;
@@ -1938,16 +2412,14 @@ JoinHandle<detail::TaskValue<Task>> RuntimeBridge::submit(Task&& task) const {
                 "submit(std::move(task))");
   if constexpr (!detail::is_task<Task> || !can_be_kept) {
     return {};
+  } else if constexpr (std::is_function_v<std::remove_reference_t<Task>>) {
+    return submit(&task);
   } else {
-    const std::shared_ptr<detail::Core> core = core_;
-    auto call = std::make_shared<detail::SubmittedCall<Task>>(std::in_place, std::forward<Task>(task));
-    call->keep(call);
-    if (!core) {
-      call->refuse({BridgeError::WorkerDead, nullptr, detail::literal("the bridge was moved from")});
-    } else if (auto refusal = core->post(*call, false)) {
-      call->refuse(std::move(*refusal));
-    }
-    return {core, std::move(call)};
+    using Called = typename detail::TaskTraits<std::decay_t<Task>>::Called;
+    const auto own = [](detail::TaskCall<Called>& call, void* t) {
+      call.own(std::forward<Task>(*static_cast<std::remove_reference_t<Task>*>(t)));
+    };
+    return JoinHandle<detail::TaskValue<Task>>::template submit<Called>(worker_, detail::address_of(task), own);
   }
 }
 

@@ -145,7 +145,7 @@ TEST_CASE("deadlock: a wait for what has ended meanwhile leaves no note behind")
   std::binary_semaphore may_end(0);
   auto task = b.submit([&] { may_end.acquire(); });
   const Watch worker = *a.block_on([] { return Watch(); });
-  std::unique_lock lock(runtime_bridge::detail::Forks::ring_mutex);
+  std::unique_lock lock(runtime_bridge::detail::WaitNode::mutex);
   std::atomic<bool> about_to{false};
   auto waiting = a.submit([&] {
     about_to = true;

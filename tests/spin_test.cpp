@@ -18,7 +18,7 @@
 #include "support.hpp"
 
 using runtime_bridge::Shutdown;
-using runtime_bridge::detail::Experience;
+using runtime_bridge::detail::Backoff;
 
 namespace {
 
@@ -85,20 +85,20 @@ const bool one_core = std::thread::hardware_concurrency() == 1;
 }  // namespace
 
 TEST_CASE("spin: the more often it was in vain, the more rarely it is tried") {
-  Experience experience;
+  Backoff experience;
   int tries = 0;
   for (int i = 0; i < 1000; ++i) {
-    if (!experience.encourages()) continue;
+    if (!experience.should_try()) continue;
     ++tries;
-    experience.learn(false);
+    experience.record(false);
   }
   CHECK(tries == 10);  // after 1, 3, 7, ... 255, and then every 256 times
-  while (!experience.encourages()) {
+  while (!experience.should_try()) {
   }
-  experience.learn(true);
-  CHECK(experience.encourages());
-  experience.learn(true);
-  CHECK(experience.encourages());
+  experience.record(true);
+  CHECK(experience.should_try());
+  experience.record(true);
+  CHECK(experience.should_try());
 }
 
 TEST_CASE("spin: a caller spins as long as the limit allows") {

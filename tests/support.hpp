@@ -235,7 +235,7 @@ class HeldUp {
 
  private:
   RuntimeBridge own_;
-  std::unique_lock<std::mutex> lock_{runtime_bridge::detail::Forks::ring_mutex};
+  std::unique_lock<std::mutex> lock_{runtime_bridge::detail::WaitNode::mutex};
   JoinHandle<std::string> call_;
 };
 

@@ -235,13 +235,6 @@ TEST_CASE("start: lazy, 64 racing first calls make one thread") {
   }
 }
 
-TEST_CASE("start: not by a call that was admitted before a shutdown") {
-  const RuntimeBridge bridge(lazy());
-  HeldUp caller(bridge);
-  CHECK(bridge.shutdown(runtime_bridge::Shutdown::drain));
-  CHECK(caller.go_on() == worker_dead);
-}
-
 TEST_CASE("start: a lazy bridge that could not be started and never was") {
   const RuntimeBridge bridge(lazy());
   const Limit limit(RLIMIT_NOFILE, 0);

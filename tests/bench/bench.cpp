@@ -404,10 +404,9 @@ int main(int argc, char** argv) {
   benchmark::RegisterBenchmark("floor/spinning", ping_pong, true)->UseRealTime();
   benchmark::RegisterBenchmark("submit/bridge", submit_many)->UseRealTime();
 
-  const auto trivial = [] { return one(); };
-  using Call = runtime_bridge::detail::WaitedCall<decltype(trivial)&>;
+  using Call = runtime_bridge::detail::TaskCall<int>;
   benchmark::AddCustomContext("bridge_bytes", std::to_string(sizeof(runtime_bridge::RuntimeBridge)));
-  benchmark::AddCustomContext("core_bytes", std::to_string(sizeof(runtime_bridge::detail::Core)));
+  benchmark::AddCustomContext("worker_bytes", std::to_string(sizeof(runtime_bridge::detail::Worker)));
   benchmark::AddCustomContext("call_bytes", std::to_string(sizeof(Call)));
   benchmark::AddCustomContext("asio", std::to_string(ASIO_VERSION));
 

@@ -101,7 +101,7 @@ def words():
         f"caller takes {ratio('echo', 1, 'bridge', 'native')} times as long as the blocking calls.",
         f"With `ASIO_RECYCLING_ALLOCATOR_CACHE_SIZE=8` a call allocates {cache[8][0]} times at one caller; with 32, "
         f"{cache[32][1]} times at eight.",
-        f"A bridge is {context['bridge_bytes']} bytes and {context['core_bytes']} on the heap; a call is "
+        f"A bridge is {context['bridge_bytes']} bytes and {context['worker_bytes']} on the heap; a call is "
         f"{context['call_bytes']} on the caller's stack.",
         includes()])
 
