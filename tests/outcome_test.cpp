@@ -45,8 +45,6 @@ extern "C" void* aligned_alloc(std::size_t alignment, std::size_t size) noexcept
 
 namespace {
 
-awaitable<int> seven() { co_return 7; }
-
 awaitable<int> yield_then_throw(std::string text) {
   co_await asio::post(use_awaitable);
   throw std::runtime_error(text);
@@ -99,14 +97,8 @@ void check_refused(Bridge& bridge, BridgeError::Kind kind) {
 TEST_CASE("outcome: a task that throws is ResponseLost with that exception, and harms nobody else") {
   RuntimeBridge bridge;
   std::atomic<bool> neighbour_may_end{false};
-  std::string neighbour;
-  std::jthread other([&] {
-    const auto waits = [&]() -> awaitable<int> {
-      while (!neighbour_may_end) co_await asio::post(use_awaitable);
-      co_return 1;
-    };
-    neighbour = outcome(bridge.block_on(waits));
-  });
+  Outcome neighbour;
+  std::jthread other([&] { neighbour = outcome(bridge.block_on(run_until(neighbour_may_end))); });
   await_state([&] { return bridge.in_flight() == 1; });
 
   const auto result = bridge.block_on(yield_then_throw("disk full"));
@@ -114,12 +106,11 @@ TEST_CASE("outcome: a task that throws is ResponseLost with that exception, and 
   CHECK(result.error().kind() == BridgeError::ResponseLost);
   CHECK_THROWS_AS(std::rethrow_exception(result.error().cause()), std::runtime_error);
   CHECK(what(result.error().cause()) == "disk full");
-  CHECK(result.error().message() == "runtime_bridge: the task threw: disk full");
 
   CHECK(bridge.block_on(seven()) == 7);
   neighbour_may_end = true;
   other.join();
-  CHECK(neighbour == "value");
+  CHECK(neighbour == succeeded);
 }
 
 TEST_CASE("outcome: an exception that is not a std::exception") {
@@ -131,7 +122,6 @@ TEST_CASE("outcome: an exception that is not a std::exception") {
   REQUIRE_FALSE(result.has_value());
   CHECK(result.error() == BridgeError::ResponseLost);
   CHECK_THROWS_AS(std::rethrow_exception(result.error().cause()), int);
-  CHECK(result.error().message() == "runtime_bridge: the task threw: an exception that is not a std::exception");
   CHECK(bridge.block_on(seven()) == 7);
 }
 
@@ -170,7 +160,7 @@ TEST_CASE("outcome: an exception of the result's move constructor, wherever it i
 
 TEST_CASE("outcome: the context is stopped under a task") {
   RuntimeBridge bridge;
-  std::vector<std::string> outcomes(3);
+  std::vector<Outcome> outcomes(3);
   std::vector<std::jthread> callers;
   std::latch parked(3);
   for (auto& slot : outcomes) {
@@ -185,28 +175,19 @@ TEST_CASE("outcome: the context is stopped under a task") {
   parked.wait();
   bridge.get_executor().context().stop();
   callers.clear();
-  CHECK(outcomes == std::vector<std::string>(3, response_lost));
+  CHECK(outcomes == std::vector<Outcome>(3, response_lost));
   CHECK(bridge.in_flight() == 0);
   check_refused(bridge, BridgeError::WorkerDead);
 }
 
-TEST_CASE("outcome: a task that is destroyed tells whether that was the end of the worker") {
+TEST_CASE("outcome: a task that is destroyed is ResponseLost, and harms nobody else") {
   RuntimeBridge bridge;
   std::optional<asio::io_context> elsewhere(std::in_place);
   auto handle = bridge.submit([&]() -> awaitable<void> { co_await asio::post(*elsewhere, use_awaitable); });
   await_calls(bridge, 1);
   elsewhere.reset();
-  const Result<void> dropped = handle.join();
-  REQUIRE(outcome(dropped) == response_lost);
-  CHECK(dropped.error().message() == "runtime_bridge: the task was destroyed before its end");
+  CHECK(outcome(handle.join()) == response_lost);
   CHECK(bridge.block_on(seven()) == 7);
-
-  handle = bridge.submit(park());
-  await_calls(bridge, 1);
-  bridge.get_executor().context().stop();
-  const Result<void> stopped = handle.join();
-  REQUIRE(outcome(stopped) == response_lost);
-  CHECK(stopped.error().message() == "runtime_bridge: the worker was stopped under the task");
 }
 
 TEST_CASE("outcome: a bridge that was moved from") {
@@ -218,8 +199,7 @@ TEST_CASE("outcome: a bridge that was moved from") {
 
   bridge = RuntimeBridge();
   CHECK(bridge.block_on(seven()) == 7);
-  CHECK(bridge.block_on([] { return std::this_thread::get_id(); }) !=
-        heir.block_on([] { return std::this_thread::get_id(); }));
+  CHECK(worker_of(bridge) != worker_of(heir));
 }
 
 TEST_CASE("outcome: assigning to a bridge ends the worker it had") {

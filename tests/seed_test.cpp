@@ -13,11 +13,6 @@ namespace {
 
 awaitable<int> add(int a, int b) { co_return a + b; }
 
-awaitable<void> sleep_for(std::chrono::milliseconds time) {
-  asio::steady_timer timer(co_await asio::this_coro::executor, time);
-  co_await timer.async_wait(use_awaitable);
-}
-
 awaitable<void> count_up(std::atomic<int>& counter) {
   ++counter;
   co_return;

@@ -41,13 +41,8 @@ class DescriptorsLeft : Limit {
 };
 
 template <class T>
-bool ended_as(const Result<T>& result, BridgeError::Kind kind) {
-  return !result.has_value() && result.error() == kind;
-}
-
-template <class T>
 bool could_not_start(const Result<T>& result, std::errc why) {
-  return ended_as(result, BridgeError::WorkerDead) && code_of(result.error().cause()) == why;
+  return outcome(result) == BridgeError::WorkerDead && code_of(result.error().cause()) == why;
 }
 
 /// Whether the constructor and `create` fail.
@@ -157,14 +152,14 @@ TEST_CASE("system: no descriptor is left while a bridge is used") {
             const DescriptorsLeft limit(0);
             for (int i = 0; i < 20; ++i) {
               const auto failed = bridge.block_on(open);
-              if (!ended_as(failed, BridgeError::ResponseLost)) return 1;
+              if (outcome(failed) != BridgeError::ResponseLost) return 1;
               if (code_of(failed.error().cause()).value() != EMFILE) return 2;
               if (!none_starts(std::errc::too_many_files_open)) return 3;
               if (bridge.block_on([] { return take(5); }) != 5) return 4;
-              if (!ended_as(bridge.block_on_for(park, 1ms), BridgeError::TimedOut)) return 5;
+              if (outcome(bridge.block_on_for(park, 1ms)) != BridgeError::TimedOut) return 5;
             }
             auto parked = other.submit(park);
-            if (!other.shutdown(Shutdown::cancel) || !ended_as(parked.join(), BridgeError::Cancelled)) return 6;
+            if (!other.shutdown(Shutdown::cancel) || outcome(parked.join()) != BridgeError::Cancelled) return 6;
           }
           return bridge.block_on(open).has_value() ? 0 : 7;
         }) == 0);
@@ -212,7 +207,7 @@ TEST_CASE("system: signals harm no wait") {
   const std::vector<std::function<bool()>> waits{
       [&] { return bridge.block_on(slow) == 300; },
       [&] { return bridge.submit(slow).join() == 300; },
-      [&] { return lasts([&] { return ended_as(bridge.block_on_for(park, 300ms), BridgeError::TimedOut); }); },
+      [&] { return lasts([&] { return outcome(bridge.block_on_for(park, 300ms)) == BridgeError::TimedOut; }); },
       [&] {
         auto parked = bridge.submit(park);
         return lasts([&] { return !parked.wait_for(300ms); });
@@ -285,9 +280,9 @@ namespace {
 
 /// Uses the parent's bridge in a child, and destroys it.
 int use_inherited(std::unique_ptr<RuntimeBridge>& bridge) {
-  if (!ended_as(bridge->block_on([] {}), BridgeError::WorkerDead)) return 1;
-  if (!ended_as(bridge->block_on_for(park, 1h), BridgeError::WorkerDead)) return 2;
-  if (!ended_as(bridge->submit(park).join(), BridgeError::WorkerDead)) return 3;
+  if (outcome(bridge->block_on([] {})) != BridgeError::WorkerDead) return 1;
+  if (outcome(bridge->block_on_for(park, 1h)) != BridgeError::WorkerDead) return 2;
+  if (outcome(bridge->submit(park).join()) != BridgeError::WorkerDead) return 3;
   if (!bridge->shutdown(Shutdown::drain) || !bridge->shutdown(Shutdown::cancel, 1ms)) return 4;
   bridge.reset();
   return 0;
@@ -308,10 +303,10 @@ TEST_CASE("system: fork while threads wait") {
     std::stop_source stop;
     std::vector<std::jthread> threads;
     threads.emplace_back([&, &bridge = *bridges[0]] {
-      if (ended_as(bridge.block_on(park, stop.get_token()), BridgeError::Cancelled)) ++cancelled;
+      if (outcome(bridge.block_on(park, stop.get_token())) == BridgeError::Cancelled) ++cancelled;
     });
     threads.emplace_back([&] {
-      if (ended_as(parked[1].join(), BridgeError::Cancelled)) ++cancelled;
+      if (outcome(parked[1].join()) == BridgeError::Cancelled) ++cancelled;
     });
     threads.emplace_back([&bridge = *bridges[2]] { bridge.shutdown(Shutdown::drain); });
     await_calls(*bridges[0], 2);
@@ -329,7 +324,7 @@ TEST_CASE("system: fork while threads wait") {
     stop.request_stop();
     for (auto& handle : parked) handle.request_stop();
   }
-  CHECK(ended_as(parked[2].join(), BridgeError::Cancelled));
+  CHECK(outcome(parked[2].join()) == BridgeError::Cancelled);
   CHECK(cancelled == 2);
 }
 
@@ -343,22 +338,22 @@ TEST_CASE("system: hundreds of forks while threads call, submit, stop, shut down
   const std::vector<std::function<bool()>> loads{
       [&a = *first, &b = *second] { return a.block_on([&] { return *b.block_on([] { return 1; }); }) == 1; },
       [&a = *first] { return a.block_on([] { return take(5); }) == 5; },
-      [&b = *second] { return ended_as(b.block_on_for(park, 50us), BridgeError::TimedOut); },
+      [&b = *second] { return outcome(b.block_on_for(park, 50us)) == BridgeError::TimedOut; },
       [&b = *second] {
         auto submitted = b.submit(park);
         submitted.request_stop();
-        return ended_as(submitted.join(), BridgeError::Cancelled);
+        return outcome(submitted.join()) == BridgeError::Cancelled;
       },
       [] {
         const RuntimeBridge own;
         auto parked = own.submit(park);
-        return own.shutdown(Shutdown::cancel) && ended_as(parked.join(), BridgeError::Cancelled);
+        return own.shutdown(Shutdown::cancel) && outcome(parked.join()) == BridgeError::Cancelled;
       },
       [] { return RuntimeBridge(lazy()).block_on([] { return 1; }) == 1; },
       [&third] {  // holds the lock of the rings most of the time
         const auto rings = [&] {
           int found = 0;
-          for (int i = 0; i < 1000; ++i) found += ended_as(third.block_on([] {}), BridgeError::WouldDeadlock) ? 1 : 0;
+          for (int i = 0; i < 1000; ++i) found += outcome(third.block_on([] {})) == BridgeError::WouldDeadlock ? 1 : 0;
           return found;
         };
         return third.block_on(rings) == 1000;
@@ -382,7 +377,7 @@ TEST_CASE("system: hundreds of forks while threads call, submit, stop, shut down
               const RuntimeBridge b(lazy());
               if (a.block_on([&] { return *b.block_on([] { return take(5); }); }) != 5) return 5;
               auto own = b.submit(park);
-              return b.shutdown(Shutdown::cancel) && ended_as(own.join(), BridgeError::Cancelled) ? 0 : 6;
+              return b.shutdown(Shutdown::cancel) && outcome(own.join()) == BridgeError::Cancelled ? 0 : 6;
             }) == 0);
     await_state([&] { return calls != before; });
   }
@@ -412,14 +407,14 @@ RuntimeBridge at_namespace_scope(lazy());
 
 const AtExit uses_it{[] {
   const auto result = at_namespace_scope.block_on([] { return take(5); });
-  if (getpid() == program ? result != 5 : !ended_as(result, BridgeError::WorkerDead)) _exit(70);
+  if (getpid() == program ? result != 5 : outcome(result) != BridgeError::WorkerDead) _exit(70);
 }};
 
 /// Begins calls that nobody ends, each on a thread of its own, and counts those that the exit ends as it should.
 void begin_calls(const RuntimeBridge& bridge, std::size_t number, std::atomic<int>& lost) {
   for (std::size_t i = 0; i < number; ++i) {
     std::thread([&] {
-      if (!ended_as(bridge.block_on(park), BridgeError::ResponseLost)) _exit(1);
+      if (outcome(bridge.block_on(park)) != BridgeError::ResponseLost) _exit(1);
       ++lost;
       for (;;) pause();
     }).detach();
@@ -471,10 +466,10 @@ TEST_CASE("system: a static bridge serves the destructors of other statics") {
           static RuntimeBridge late(lazy());
           static const AtExit user{[] {
             served += bridge.block_on([] { return late.block_on([] { return 1; }).value_or(0); }).value_or(0);
-            if (ended_as(bridge.block_on_for(park, 1ms), BridgeError::TimedOut)) ++served;
+            if (outcome(bridge.block_on_for(park, 1ms)) == BridgeError::TimedOut) ++served;
             auto submitted = late.submit(park);
             submitted.request_stop();
-            if (ended_as(submitted.join(), BridgeError::Cancelled)) ++served;
+            if (outcome(submitted.join()) == BridgeError::Cancelled) ++served;
           }};
           std::exit(7);
         }) == 7);
@@ -621,7 +616,8 @@ int load_and_close(const char* path, bool may_stay) {
     if (round == 1) stays = may_stay && is_loaded(path);
     if (is_loaded(path) != stays) return 5;
     // Without the library's handlers, or with what they need.
-    if (in_child_process([&] { return ended_as(own.block_on([] {}), BridgeError::WorkerDead) ? 0 : 1; }) != 0) return 6;
+    if (in_child_process([&] { return outcome(own.block_on([] {})) == BridgeError::WorkerDead ? 0 : 1; }) != 0)
+      return 6;
     await_workers(stays ? 2 : 1);
     if (descriptors_of_this_process() != descriptors + (stays ? descriptors - without : 0)) return 7;
   }

@@ -31,11 +31,6 @@ class Naive {
   std::thread thread_;
 };
 
-awaitable<int> seven() {
-  co_await asio::post(use_awaitable);
-  co_return 7;
-}
-
 bool hangs(std::future<int>& future) { return future.wait_for(100ms) == std::future_status::timeout; }
 
 }  // namespace
