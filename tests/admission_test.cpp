@@ -42,14 +42,14 @@ class HeldUpCall {
 
 }  // namespace
 
-TEST_CASE("start: not by a call that was admitted before a shutdown") {
+TEST_CASE("admission: a call that was admitted before a shutdown does not start a worker") {
   const RuntimeBridge bridge(lazy());
   HeldUpCall caller(bridge);
   CHECK(bridge.shutdown(Shutdown::drain));
   CHECK(caller.go_on() == worker_dead);
 }
 
-TEST_CASE("shutdown: cancel reaches a call that was admitted and is sent after it") {
+TEST_CASE("admission: shutdown(cancel) reaches a call that is sent after it") {
   for (const bool stopped : {false, true}) {
     RuntimeBridge bridge;
     HeldUpCall caller(bridge);
@@ -62,7 +62,7 @@ TEST_CASE("shutdown: cancel reaches a call that was admitted and is sent after i
   }
 }
 
-TEST_CASE("context().stop(): the worker waits for a thread that has been admitted and is about to post") {
+TEST_CASE("admission: context().stop() waits for a thread that was admitted and is about to post") {
   RuntimeBridge bridge;
   const Watch worker = *bridge.block_on([] { return Watch(); });
   HeldUpCall caller(bridge);
@@ -77,7 +77,7 @@ TEST_CASE("context().stop(): the worker waits for a thread that has been admitte
   CHECK(caller.go_on() == response_lost);
 }
 
-TEST_CASE("deadlock: a wait for what has ended meanwhile leaves no note behind") {
+TEST_CASE("admission: a wait for a task that has just ended leaves no wait record") {
   RuntimeBridge a, b;
   std::binary_semaphore may_end(0);
   auto task = b.submit([&] { may_end.acquire(); });

@@ -77,7 +77,7 @@ TEST_CASE("deadline: a task that ends in time") {
   }
 }
 
-TEST_CASE("deadline: the task is cancelled and waited for, and what it threw is the cause") {
+TEST_CASE("deadline: the task is cancelled and waited for, and its exception is the cause") {
   RuntimeBridge bridge;
   bool started = false;
   bool gone = false;
@@ -110,7 +110,7 @@ TEST_CASE("deadline: the task is cancelled and waited for, and what it threw is 
   CHECK(what(own.error().cause()) == "rolled back");
 }
 
-TEST_CASE("deadline: a task that ends with a value although it was cancelled") {
+TEST_CASE("deadline: a task that is cancelled and returns a value keeps it") {
   RuntimeBridge bridge;
   bool cancelled = false;
   const auto call = [&](std::chrono::milliseconds timeout) {
@@ -145,7 +145,7 @@ TEST_CASE("deadline: a task that ignores cancellation is waited for") {
   CHECK(result == 5);
 }
 
-TEST_CASE("deadline: one that has passed does not start the task") {
+TEST_CASE("deadline: a deadline that has already passed does not start the task") {
   RuntimeBridge bridge;
   bool ran = false;
   const auto task = [&ran] { ran = true; };
@@ -167,7 +167,7 @@ TEST_CASE("deadline: one that has passed does not start the task") {
   CHECK(bridge.in_flight() == 0);
 }
 
-TEST_CASE("deadline: one that is further off than any clock can tell is none") {
+TEST_CASE("deadline: one beyond the range of the clock means none") {
   RuntimeBridge bridge;
   CHECK(bridge.block_on_for(seven(), std::chrono::hours::max()) == 7);
   CHECK(bridge.block_on_for(seven(), std::chrono::nanoseconds::max()) == 7);
@@ -179,7 +179,7 @@ TEST_CASE("deadline: one that is further off than any clock can tell is none") {
   CHECK(bridge.block_on_until(seven(), std::chrono::time_point<system_clock, std::chrono::hours>::max() - 1h) == 7);
 }
 
-TEST_CASE("deadline: a clock that is set") {
+TEST_CASE("deadline: a clock that is set forward") {
   RuntimeBridge bridge;
   SettableClock::milliseconds = 0;
   Outcome result;
@@ -192,7 +192,7 @@ TEST_CASE("deadline: a clock that is set") {
 }
 
 // Race: the deadline passes while the task completes.
-TEST_CASE("deadline: against completion") {
+TEST_CASE("deadline: races with completion") {
   RuntimeBridge bridge;
   int values = 0;
   int timeouts = 0;
@@ -213,7 +213,7 @@ TEST_CASE("deadline: against completion") {
   CHECK(bridge.in_flight() == 0);
 }
 
-TEST_CASE("deadline: what the clock throws leaves when the task is gone") {
+TEST_CASE("deadline: an exception of the clock leaves after the task is gone") {
   const RuntimeBridge bridge;
   for (int n = 1; n <= 3; ++n) {
     bool started = false;

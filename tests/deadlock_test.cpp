@@ -68,7 +68,7 @@ TEST_CASE("deadlock: a ring through a task that is suspended") {
   CHECK(ring == would_deadlock);
 }
 
-TEST_CASE("deadlock: chains that share a bridge are no ring") {
+TEST_CASE("deadlock: chains that share a bridge are not a ring") {
   RuntimeBridge a, b, c, d;
   constexpr int rounds = 500;
   std::barrier both(2);
@@ -89,7 +89,7 @@ TEST_CASE("deadlock: chains that share a bridge are no ring") {
 
 // Race: A's worker was answered by B but has not woken yet. A note that A waits for B would be stale now, and a call of
 // B on A a false alarm.
-TEST_CASE("deadlock: no false alarm from a wait that has just been answered") {
+TEST_CASE("deadlock: a wait that has just ended causes no false alarm") {
   RuntimeBridge a, b;
   for (int round = 0; round < 2'000; ++round) {
     std::atomic<bool> done{false};
@@ -107,7 +107,7 @@ TEST_CASE("deadlock: no false alarm from a wait that has just been answered") {
   }
 }
 
-TEST_CASE("deadlock: a refused call leaves no note behind") {
+TEST_CASE("deadlock: a refused call leaves no wait record") {
   RuntimeBridge a, dead;
   dead.get_executor().context().stop();
   await_state([&] { return !dead.block_on([] {}).has_value(); });
@@ -122,7 +122,7 @@ TEST_CASE("deadlock: a refused call leaves no note behind") {
   CHECK(b.block_on([&] { return *a.block_on([] { return 2; }); }) == 2);
 }
 
-TEST_CASE("deadlock: destroying a bridge whose worker waits for this one") {
+TEST_CASE("deadlock: a bridge may be destroyed while its worker waits for the destroying one") {
   auto a = std::make_unique<RuntimeBridge>();
   RuntimeBridge b;
   Outcome inner, outer;
@@ -139,7 +139,7 @@ TEST_CASE("deadlock: destroying a bridge whose worker waits for this one") {
 }
 
 // A note of A that pointed to a bridge that is gone would be followed by whoever calls A.
-TEST_CASE("deadlock: a bridge that was shut down and destroyed by a task leaves no note") {
+TEST_CASE("deadlock: a bridge that a task shut down and destroyed leaves no wait record") {
   RuntimeBridge a, c;
   unwrap(a.block_on([] {
     const auto gone = std::make_unique<RuntimeBridge>();
@@ -155,7 +155,7 @@ TEST_CASE("deadlock: a bridge that was shut down and destroyed by a task leaves 
   CHECK(through == succeeded);
 }
 
-TEST_CASE("deadlock: who waits for whom is looked up while it changes") {
+TEST_CASE("deadlock: rings are looked up while the waits change") {
   const RuntimeBridge a;
   const RuntimeBridge b;
   const RuntimeBridge c;

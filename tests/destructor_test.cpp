@@ -12,7 +12,7 @@
 
 #include "support.hpp"
 
-TEST_CASE("destructor: suspended tasks are cancelled, end on the worker, and their callers get ResponseLost") {
+TEST_CASE("destructor: suspended tasks are cancelled and end on the worker, and their callers get ResponseLost") {
   std::optional<RuntimeBridge> bridge(std::in_place);
   const auto worker = worker_of(*bridge);
   std::thread::id ended;
@@ -58,7 +58,7 @@ TEST_CASE("destructor: tasks that ignore cancellation are destroyed on the worke
   CHECK_FALSE(resumed);
 }
 
-TEST_CASE("destructor: a task that never parks ends too") {
+TEST_CASE("destructor: a task that never waits is cancelled too") {
   std::optional<RuntimeBridge> bridge(std::in_place);
   Outcome result;
   std::jthread caller([&, call = &*bridge] { result = outcome(call->block_on(run_in_circles())); });
@@ -68,7 +68,7 @@ TEST_CASE("destructor: a task that never parks ends too") {
   CHECK(result == response_lost);
 }
 
-TEST_CASE("destructor: a task that never parks and ignores cancellation is waited for, and others are destroyed") {
+TEST_CASE("destructor: a task that never waits and ignores cancellation is waited for, and others are destroyed") {
   std::optional<RuntimeBridge> bridge(std::in_place);
   std::atomic<bool> may_end{false};
   auto task = bridge->submit([&]() -> awaitable<void> {
@@ -84,7 +84,7 @@ TEST_CASE("destructor: a task that never parks and ignores cancellation is waite
   CHECK(outcome(task.join()) == response_lost);
 }
 
-TEST_CASE("destructor: calls that were admitted and not yet started are answered, their tasks unrun") {
+TEST_CASE("destructor: calls that were admitted and not started are answered, and their tasks do not run") {
   constexpr int calls = 32;
   std::optional<RuntimeBridge> bridge(std::in_place);
   std::binary_semaphore release(0);
@@ -104,7 +104,7 @@ TEST_CASE("destructor: calls that were admitted and not yet started are answered
   CHECK(ran == 0);
 }
 
-TEST_CASE("destructor: what raw users of the executor left behind is destroyed on the worker") {
+TEST_CASE("destructor: coroutines spawned on the executor are destroyed on the worker") {
   std::thread::id parked_ended, queued_ended;
   std::thread::id worker;
   {
@@ -126,7 +126,7 @@ TEST_CASE("destructor: what raw users of the executor left behind is destroyed o
   CHECK(queued_ended != std::thread::id());
 }
 
-TEST_CASE("destructor: on the worker, in a task") {
+TEST_CASE("destructor: may run on the worker, in a task") {
   for (int round = 0; round < 50; ++round) {
     auto bridge = std::make_shared<RuntimeBridge>();
     Outcome result;
@@ -146,7 +146,7 @@ TEST_CASE("destructor: on the worker, in a task") {
   await_workers(0);
 }
 
-TEST_CASE("destructor: on the worker, in a task that parks afterwards") {
+TEST_CASE("destructor: may run on the worker, in a task that waits afterwards") {
   auto owner = std::make_unique<RuntimeBridge>();
   const auto task = [&owner]() -> awaitable<int> {
     owner.reset();
@@ -156,7 +156,7 @@ TEST_CASE("destructor: on the worker, in a task that parks afterwards") {
   CHECK(outcome(owner->block_on(task)) == response_lost);
 }
 
-TEST_CASE("destructor: on the worker, in a raw handler") {
+TEST_CASE("destructor: may run on the worker, in a raw handler") {
   auto owner = std::make_unique<RuntimeBridge>();
   std::latch done(1);
   // Posted by the worker: another thread could still be inside asio::post when the context dies.
@@ -170,7 +170,7 @@ TEST_CASE("destructor: on the worker, in a raw handler") {
   await_workers(0);
 }
 
-TEST_CASE("destructor: waits for a task that is parked on something foreign") {
+TEST_CASE("destructor: waits for a task that waits on another executor") {
   std::optional<RuntimeBridge> bridge(std::in_place);
   Foreign foreign;
   Outcome result;
@@ -191,7 +191,7 @@ TEST_CASE("destructor: waits for a task that is parked on something foreign") {
   CHECK(result == response_lost);  // for its I/O might have been cut off
 }
 
-TEST_CASE("destructor: a task that comes back from something foreign and then parks is destroyed") {
+TEST_CASE("destructor: a task that comes back from another executor and runs on is destroyed") {
   std::optional<RuntimeBridge> bridge(std::in_place);
   Foreign foreign;
   std::thread::id ended;
@@ -214,7 +214,7 @@ TEST_CASE("destructor: a task that comes back from something foreign and then pa
   CHECK(ended == worker);
 }
 
-TEST_CASE("destructor: a task that was to be cancelled, but ends because the worker was stopped, is lost") {
+TEST_CASE("destructor: a task that survived a stop request and ends because the worker stops is ResponseLost") {
   std::optional<RuntimeBridge> bridge(std::in_place);
   Foreign foreign;
   std::atomic<bool> cancelled{false};
@@ -240,7 +240,7 @@ TEST_CASE("destructor: a task that was to be cancelled, but ends because the wor
   CHECK(outcome(task.join()) == response_lost);
 }
 
-TEST_CASE("destructor: a task that is ready to go on does not take a dead timer for one that has expired") {
+TEST_CASE("destructor: a task that is ready to run does not see a destroyed timer as expired") {
   std::optional<RuntimeBridge> bridge(std::in_place);
   bool expired = false;
   std::binary_semaphore busy(0), go_on(0);
@@ -262,7 +262,7 @@ TEST_CASE("destructor: a task that is ready to go on does not take a dead timer 
   CHECK_FALSE(expired);
 }
 
-TEST_CASE("destructor: a task that goes to and fro between here and a pool ends") {
+TEST_CASE("destructor: a task that alternates between the worker and a pool ends") {
   asio::thread_pool pool(1);
   std::optional<RuntimeBridge> bridge(std::in_place);
   std::latch under_way(1);
@@ -277,7 +277,7 @@ TEST_CASE("destructor: a task that goes to and fro between here and a pool ends"
   pool.join();
 }
 
-TEST_CASE("destructor: waits for a foreign thread that is held up while it hands a task back") {
+TEST_CASE("destructor: waits for a thread that is delayed while it posts a task back") {
   // In the second round something is left on the context besides, which Asio cannot tell from that thread.
   for (const bool leftover : {false, true}) {
     std::thread foreign;
@@ -307,7 +307,7 @@ TEST_CASE("destructor: waits for a foreign thread that is held up while it hands
 
 // Race: what a coroutine waits for is destroyed by another thread, which makes Asio hand the coroutine back to be
 // destroyed here, while the worker runs others or is being stopped.
-TEST_CASE("destructor: a coroutine that something foreign destroys") {
+TEST_CASE("destructor: a coroutine that another thread destroys") {
   for (int round = 0; round < 100; ++round) {
     std::optional<RuntimeBridge> bridge(std::in_place);
     std::optional<asio::io_context> elsewhere(std::in_place);
@@ -328,7 +328,7 @@ TEST_CASE("destructor: a coroutine that something foreign destroys") {
   }
 }
 
-TEST_CASE("destructor: a task to be cancelled that something foreign destroys is lost") {
+TEST_CASE("destructor: a task with a stop request that another thread destroys is ResponseLost") {
   const RuntimeBridge bridge;
   std::optional<asio::io_context> elsewhere(std::in_place);
   auto task = bridge.submit([&]() -> awaitable<void> {
@@ -343,7 +343,7 @@ TEST_CASE("destructor: a task to be cancelled that something foreign destroys is
 }
 
 // Race: pool threads hand tasks back to the context while the worker destroys what is parked on it.
-TEST_CASE("destructor: against foreign completions") {
+TEST_CASE("destructor: races with completions on other threads") {
   asio::thread_pool pool(2);
   for (int round = 0; round < 300; ++round) {
     constexpr int calls = 4;
@@ -369,7 +369,7 @@ TEST_CASE("destructor: against foreign completions") {
 }
 
 // Race: tasks complete while the bridge is destroyed.
-TEST_CASE("destructor: against completion") {
+TEST_CASE("destructor: races with completion") {
   for (int round = 0; round < 500; ++round) {
     constexpr int calls = 3;
     std::optional<RuntimeBridge> bridge(std::in_place);
@@ -393,7 +393,7 @@ TEST_CASE("destructor: against completion") {
 }
 
 // Race: admission, stray exceptions and context().stop(). No caller may be left waiting.
-TEST_CASE("context().stop(): against admission and stray exceptions") {
+TEST_CASE("context().stop(): races with admission and stray exceptions") {
   for (int round = 0; round < 500; ++round) {
     RuntimeBridge bridge;
     std::atomic<int> unexpected{0};
@@ -420,7 +420,7 @@ TEST_CASE("context().stop(): against admission and stray exceptions") {
   }
 }
 
-TEST_CASE("context().stop(): again and again, and stray exceptions, while a task is waited for") {
+TEST_CASE("context().stop(): repeated, with stray exceptions, while the worker waits for a task") {
   const RuntimeBridge bridge;
   Foreign foreign;
   auto task = bridge.submit(foreign.visit(1));
@@ -452,7 +452,7 @@ TEST_CASE("context().stop(): I/O objects may be destroyed afterwards") {
   CHECK(result == response_lost);
 }
 
-TEST_CASE("destructor: everything is given back") {
+TEST_CASE("destructor: gives back all threads and descriptors") {
   const auto descriptors = descriptors_of_this_process();
   for (int i = 0; i < 20; ++i) {
     RuntimeBridge bridge;
@@ -475,7 +475,7 @@ awaitable<void> wait_until_and_on(std::chrono::steady_clock::time_point first) {
 
 // The model in tests/model found this one: the task became ready behind the step that all ready tasks are given, went
 // on after the services were shut down, and there an hour's wait was over at once.
-TEST_CASE("destructor: a timer that falls due while the worker stops does not let the task go on") {
+TEST_CASE("destructor: a timer that expires while the worker stops does not resume its task") {
   std::optional<RuntimeBridge> bridge(std::in_place);
   const auto due = std::chrono::steady_clock::now() + std::chrono::milliseconds(20);
   auto waiting = bridge->submit(wait_until_and_on(due));

@@ -47,7 +47,7 @@ TEST_CASE("error: the category") {
   CHECK((own.value() == 1 && own.category() == code.category()));
 }
 
-TEST_CASE("unwrap: the value, whatever its type") {
+TEST_CASE("unwrap: returns values of every type") {
   CHECK(unwrap(Result<int>(3)) == 3);
   unwrap(Result<void>());
   CHECK(*unwrap(Result<std::unique_ptr<int>>(std::make_unique<int>(4))) == 4);
@@ -58,7 +58,7 @@ TEST_CASE("unwrap: rethrows the task's own exception") {
   CHECK_THROWS_AS(unwrap(failed({BridgeError::ResponseLost, std::make_exception_ptr(7)})), int);
 }
 
-TEST_CASE("unwrap: a std::system_error for what is not the task's own") {
+TEST_CASE("unwrap: throws std::system_error for any other error") {
   // A timeout is not hidden behind the "operation aborted" that it caused.
   for (const auto kind : {BridgeError::WorkerDead, BridgeError::TimedOut, BridgeError::Cancelled}) {
     try {
@@ -72,7 +72,7 @@ TEST_CASE("unwrap: a std::system_error for what is not the task's own") {
   CHECK_THROWS_AS(unwrap(failed(BridgeError::ResponseLost)), std::system_error);
 }
 
-TEST_CASE("unwrap: of an lvalue copies, and of an rvalue moves") {
+TEST_CASE("unwrap: copies from an lvalue and moves from an rvalue") {
   Result<std::string> text("a text that is too long for the small string");
   const Result<std::string>& same = text;
   CHECK(unwrap(text) == unwrap(same));
@@ -81,7 +81,7 @@ TEST_CASE("unwrap: of an lvalue copies, and of an rvalue moves") {
   CHECK(moved.data() == where);
 }
 
-TEST_CASE("error: is written as its message") {
+TEST_CASE("error: operator<< writes the message") {
   std::ostringstream out;
   const BridgeError error(BridgeError::TimedOut, some_exception());
   out << error << '.';
@@ -207,7 +207,7 @@ TEST_CASE("message: of a worker that could not be started") {
   CHECK(text(submitted) == text(called));
 }
 
-TEST_CASE("message: in a forked child", "[child]") {
+TEST_CASE("message: in a forked child") {
   const RuntimeBridge bridge;
   auto handle = bridge.submit(park());
   await_calls(bridge, 1);

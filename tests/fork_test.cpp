@@ -39,13 +39,13 @@ TEST_CASE("fork: every call in the child is WorkerDead, and destroying the bridg
   CHECK(bridge->block_on([] { return 3; }) == 3);
 }
 
-TEST_CASE("fork: a lazy bridge that was not started belongs to its maker too") {
+TEST_CASE("fork: a lazy bridge that was not started belongs to the parent, too") {
   RuntimeBridge bridge(lazy());
   CHECK(in_child_process([&] { return outcome(bridge.block_on([] { return 2; })) == worker_dead ? 0 : 1; }) == 0);
   CHECK(bridge.block_on([] { return 3; }) == 3);
 }
 
-TEST_CASE("fork: of a task on the worker") {
+TEST_CASE("fork: from a task on the worker") {
   auto bridge = std::make_unique<RuntimeBridge>();
   const auto code = bridge->block_on([&] {
     return in_child_process([&] {
@@ -59,7 +59,7 @@ TEST_CASE("fork: of a task on the worker") {
   CHECK(bridge->block_on([] { return RuntimeBridge().block_on([] { return 3; }).value_or(0); }) == 3);
 }
 
-TEST_CASE("fork: a handle in the child waits for nothing") {
+TEST_CASE("fork: a handle does not wait in the child") {
   RuntimeBridge bridge;
   auto parked = bridge.submit(park());
   await_calls(bridge, 1);
@@ -80,7 +80,7 @@ TEST_CASE("fork: the child of a child") {
 
 #ifndef _LIBCPP_VERSION  // with which it finds what the lost thread itself had
 // AddressSanitizer looks for leaks then.
-TEST_CASE("fork: the child may leave by exit") {
+TEST_CASE("fork: the child may call exit") {
   auto first = std::make_unique<RuntimeBridge>();
   auto second = std::make_unique<RuntimeBridge>(lazy());
   CHECK(first->block_on([] { return 1; }) == 1);
@@ -94,14 +94,14 @@ TEST_CASE("fork: the child may leave by exit") {
 
 #ifdef __GLIBC__
 // Another thread that was just about to do something for the first time would never be through with it in the child.
-TEST_CASE("fork: nothing is left for the first bridge to do") {
+TEST_CASE("fork: the fork handlers are registered before main") {
   CHECK(RuntimeBridge().block_on([] { return 1; }) == 1);
   CHECK(fork_handlers == fork_handlers_before_main);
 }
 #endif
 
 #ifndef SANITIZED  // whose runtimes do not survive a fork of a busy process, and take that worker for leaked
-TEST_CASE("fork: a worker that has ended by itself, and was not joined") {
+TEST_CASE("fork: a worker that ended by itself and was not joined") {
   auto bridge = std::make_unique<RuntimeBridge>();
   unwrap(bridge->block_on([&] { bridge->shutdown(Shutdown::drain); }));
   await_workers(0);

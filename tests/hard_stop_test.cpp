@@ -75,7 +75,7 @@ Time::duration time_to_destroy_over(int tasks, const std::function<awaitable<voi
 
 }  // namespace
 
-TEST_CASE("hard stop: every shape of task, by every ending") {
+TEST_CASE("hard stop: every shape of task, with every way to stop") {
   for (const Shape& shape : shapes()) {
     for (const Ending& ending : endings()) {
       INFO(shape.name << ", by " << ending.name);
@@ -144,7 +144,7 @@ TEST_CASE("hard stop: a shutdown keeps to its limit") {
   CHECK(took < 100ms + 20ms * slowness);
 }
 
-TEST_CASE("hard stop: a task that ends with a value when it is cancelled has it") {
+TEST_CASE("hard stop: a task that returns a value when it is cancelled keeps it") {
   for (const Ending& ending : endings()) {
     INFO(ending.name);
     auto bridge = std::make_unique<RuntimeBridge>();
@@ -155,7 +155,7 @@ TEST_CASE("hard stop: a task that ends with a value when it is cancelled has it"
   }
 }
 
-TEST_CASE("hard stop: what was queued is released unrun, and on the worker") {
+TEST_CASE("hard stop: queued tasks are destroyed on the worker without being run") {
   auto bridge = std::make_unique<RuntimeBridge>();
   const auto worker = worker_of(*bridge);
   std::thread::id released;
@@ -226,7 +226,7 @@ awaitable<void> look_up(RuntimeBridge& bridge, int& found) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("hard stop: look-ups of names go on, and are waited for", "", asio::ip::tcp, asio::ip::udp,
+TEMPLATE_TEST_CASE("hard stop: name look-ups continue and are waited for", "", asio::ip::tcp, asio::ip::udp,
                    asio::ip::icmp, OwnProtocol) {
   RuntimeBridge bridge;
   int found = 0;
@@ -256,7 +256,7 @@ TEST_CASE("hard stop: a loop that swallows every exception is destroyed where it
   }
 }
 
-TEST_CASE("hard stop: a cancellation that came before it is remembered") {
+TEST_CASE("hard stop: an earlier stop request is remembered") {
   auto bridge = std::make_unique<RuntimeBridge>();
   int tried = 0;
   auto polls = bridge->submit([&]() -> awaitable<int> {
@@ -282,7 +282,7 @@ TEST_CASE("hard stop: a cancellation that came before it is remembered") {
   CHECK(tried == 1);
 }
 
-TEST_CASE("hard stop: a task that was to be cancelled, and throws when the bridge stops, is lost") {
+TEST_CASE("hard stop: a task that survived a stop request and throws when the bridge stops is ResponseLost") {
   auto bridge = std::make_unique<RuntimeBridge>();
   std::atomic<bool> goes_on{false};
   auto task = bridge->submit([&]() -> awaitable<void> {
@@ -301,7 +301,7 @@ TEST_CASE("hard stop: a task that was to be cancelled, and throws when the bridg
   CHECK(outcome(task.join()) == response_lost);
 }
 
-TEST_CASE("hard stop: a cancellation by shutdown that came before it is remembered") {
+TEST_CASE("hard stop: an earlier shutdown(cancel) is remembered") {
   RuntimeBridge bridge;
   std::atomic<int> waits{0};
   auto polls = bridge.submit([&]() -> awaitable<int> {
@@ -318,7 +318,7 @@ TEST_CASE("hard stop: a cancellation by shutdown that came before it is remember
   CHECK(polls.join() == 7);
 }
 
-TEST_CASE("hard stop: a task that tries again has its value") {
+TEST_CASE("hard stop: a task that retries once and returns a value keeps it") {
   auto bridge = std::make_unique<RuntimeBridge>();
   auto tries = bridge->submit([]() -> awaitable<int> {
     for (int i = 0; i < 2; ++i) {
@@ -368,17 +368,17 @@ void check_destroyed_after_foreign(awaitable<void> (*wait)()) {
 
 }  // namespace
 
-TEST_CASE("hard stop: a task that comes back from something foreign and then waits for a channel is destroyed") {
+TEST_CASE("hard stop: a task that comes back from another executor and waits for a channel is destroyed") {
   check_destroyed_after_foreign(wait_for_channel<Channel>);
   check_destroyed_after_foreign(wait_for_channel<ConcurrentChannel>);
 }
 
 // The context has had no signals before, so they come with a service that was not shut down yet.
-TEST_CASE("hard stop: a task that comes back from something foreign and then waits for a signal_set is destroyed") {
+TEST_CASE("hard stop: a task that comes back from another executor and waits for a signal_set is destroyed") {
   check_destroyed_after_foreign(wait_for_signal);
 }
 
-TEST_CASE("hard stop: a task that only computes between its steps is told soon") {
+TEST_CASE("hard stop: a task that only computes between its steps is cancelled soon") {
   auto bridge = std::make_unique<RuntimeBridge>();
   int steps = 0;
   std::atomic<bool> stopping{false};
@@ -430,7 +430,7 @@ class TokenPool {
 
 }  // namespace
 
-TEST_CASE("hard stop: tasks that are destroyed give back what they have from a channel") {
+TEST_CASE("hard stop: destroyed tasks give their tokens back to a channel") {
   for (const bool stubborn : {false, true}) {
     INFO(stubborn);
     RuntimeBridge bridge;
@@ -444,7 +444,7 @@ TEST_CASE("hard stop: tasks that are destroyed give back what they have from a c
 }
 
 // A deadline on a loop over a thousand keys that logs each failure must end it soon: there cancellation is remembered.
-TEST_CASE("hard stop: only then is cancellation not remembered") {
+TEST_CASE("hard stop: cancellation by a deadline, unlike that of a hard stop, is remembered") {
   RuntimeBridge bridge;
   int tried = 0;
   const auto over_keys = [&]() -> awaitable<void> {
@@ -473,7 +473,7 @@ struct Handler {
 
 }  // namespace
 
-TEST_CASE("hard stop: nothing of a call stays behind in its cancellation slot") {
+TEST_CASE("hard stop: nothing of a call stays in its cancellation slot") {
   const auto token = std::make_shared<int>();
   const auto leaves_a_handler = [&](bool parks) -> awaitable<void> {
     auto slot = (co_await asio::this_coro::cancellation_state).slot();
@@ -520,7 +520,7 @@ void check_destroyed(RuntimeBridge& bridge, Operation operation) {
 
 }  // namespace
 
-TEST_CASE("hard stop: a task that waits for a socket, and ignores cancellation, is destroyed") {
+TEST_CASE("hard stop: a task that waits for a socket and ignores cancellation is destroyed") {
   RuntimeBridge bridge;
   asio::local::stream_protocol::socket a(bridge.get_executor()), b(bridge.get_executor());
   asio::local::connect_pair(a, b);
@@ -528,7 +528,7 @@ TEST_CASE("hard stop: a task that waits for a socket, and ignores cancellation, 
   check_destroyed(bridge, [&](auto token) { return asio::async_read(a, asio::buffer(&byte, 1), token); });
 }
 
-TEST_CASE("hard stop: a task that waits for a channel, and ignores cancellation, is destroyed") {
+TEST_CASE("hard stop: a task that waits for a channel and ignores cancellation is destroyed") {
   RuntimeBridge bridge;
   Channel channel(bridge.get_executor());
   check_destroyed(bridge, [&](auto token) { return channel.async_receive(token); });
@@ -537,7 +537,7 @@ TEST_CASE("hard stop: a task that waits for a channel, and ignores cancellation,
   check_destroyed(other, [&](auto token) { return concurrent.async_receive(token); });
 }
 
-TEST_CASE("hard stop: a task that waits for a signal_set, and ignores cancellation, is destroyed") {
+TEST_CASE("hard stop: a task that waits for a signal_set and ignores cancellation is destroyed") {
   RuntimeBridge bridge;
   asio::signal_set signals(bridge.get_executor(), SIGUSR2);
   check_destroyed(bridge, [&](auto token) { return signals.async_wait(token); });

@@ -59,7 +59,7 @@ TEST_CASE("hop: the callable of a submitted task that ends on a pool is destroye
   CHECK(captured == worker);
 }
 
-TEST_CASE("hop: a task that ends on the worker of another bridge, or on a strand of its own") {
+TEST_CASE("hop: a task that ends on the worker of another bridge, or on a strand of its own worker") {
   const RuntimeBridge bridge, other;
   const auto worker = worker_of(bridge);
   std::thread::id went_on, destroyed;
@@ -75,7 +75,7 @@ TEST_CASE("hop: a task that ends on the worker of another bridge, or on a strand
   CHECK(destroyed == worker);
 }
 
-TEST_CASE("hop: nothing of a task is touched on the worker after its caller has gone on") {
+TEST_CASE("hop: the worker touches nothing of a task after its caller returned") {
   asio::thread_pool pool(2);
   const RuntimeBridge bridge;
   for (int i = 0; i < 500; ++i) {
@@ -90,7 +90,7 @@ TEST_CASE("hop: nothing of a task is touched on the worker after its caller has 
 }
 
 // Race: a cancellation looks for a task that is ending on a pool. TSan.
-TEST_CASE("hop: a deadline against a task that ends on a pool") {
+TEST_CASE("hop: a deadline races with a task that ends on a pool") {
   asio::thread_pool pool(2);
   const RuntimeBridge bridge;
   std::atomic<int> wrong{0};
@@ -114,7 +114,7 @@ TEST_CASE("hop: a deadline against a task that ends on a pool") {
 }
 
 // Race: the thread that brings a task back is still inside asio::post when the bridge dies. ASan, TSan.
-TEST_CASE("hop: a bridge is destroyed as soon as a task has come back") {
+TEST_CASE("hop: a bridge may be destroyed as soon as a task has come back") {
   asio::thread_pool pool(1);
   for (int i = 0; i < 300; ++i) {
     const RuntimeBridge bridge;

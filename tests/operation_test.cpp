@@ -21,7 +21,7 @@ using Socket = asio::local::stream_protocol::socket;
 
 }  // namespace
 
-TEST_CASE("operation: its results") {
+TEST_CASE("operation: returns its results") {
   RuntimeBridge bridge;
   Socket a(bridge.get_executor()), b(bridge.get_executor());
   asio::local::connect_pair(a, b);

@@ -94,7 +94,7 @@ void check_refused(Bridge& bridge, BridgeError::Kind kind) {
 
 }  // namespace
 
-TEST_CASE("outcome: a task that throws is ResponseLost with that exception, and harms nobody else") {
+TEST_CASE("outcome: a task that throws is ResponseLost with that exception, and no other call is affected") {
   RuntimeBridge bridge;
   std::atomic<bool> neighbour_may_end{false};
   Outcome neighbour;
@@ -158,7 +158,7 @@ TEST_CASE("outcome: an exception of the result's move constructor, wherever it i
   CHECK(failures >= 2);  // at least on the worker and on the caller
 }
 
-TEST_CASE("outcome: the context is stopped under a task") {
+TEST_CASE("outcome: the context is stopped while tasks run") {
   RuntimeBridge bridge;
   std::vector<Outcome> outcomes(3);
   std::vector<std::jthread> callers;
@@ -180,7 +180,7 @@ TEST_CASE("outcome: the context is stopped under a task") {
   check_refused(bridge, BridgeError::WorkerDead);
 }
 
-TEST_CASE("outcome: a task that is destroyed is ResponseLost, and harms nobody else") {
+TEST_CASE("outcome: a task that is destroyed is ResponseLost, and no other call is affected") {
   RuntimeBridge bridge;
   std::optional<asio::io_context> elsewhere(std::in_place);
   auto handle = bridge.submit([&]() -> awaitable<void> { co_await asio::post(*elsewhere, use_awaitable); });
@@ -213,7 +213,7 @@ TEST_CASE("outcome: assigning to a bridge ends the worker it had") {
   CHECK(bridge.block_on(seven()) == 7);
 }
 
-TEST_CASE("outcome: no memory before the call is admitted is std::bad_alloc, with nothing left behind") {
+TEST_CASE("outcome: no memory before admission is std::bad_alloc, and nothing is left behind") {
   RuntimeBridge bridge;
   for (int n = 1;; ++n) {
     bool ran = false;
@@ -249,7 +249,7 @@ TEST_CASE("outcome: no memory to start a task on the worker is ResponseLost with
   CHECK(bridge.block_on([] { return seven(); }) == 7);
 }
 
-TEST_CASE("outcome: asking for a cancellation needs no memory") {
+TEST_CASE("outcome: requesting a stop needs no memory") {
   RuntimeBridge bridge;
   auto parked = bridge.submit(park());
   auto other = bridge.submit(park());
@@ -264,7 +264,7 @@ TEST_CASE("outcome: asking for a cancellation needs no memory") {
   CHECK(other.join().error() == BridgeError::Cancelled);
 }
 
-TEST_CASE("outcome: without memory a task that ends on another thread tries again to come back") {
+TEST_CASE("outcome: a task that ends on another thread retries its way back if it has no memory") {
   const RuntimeBridge bridge;
   std::thread other;
   std::binary_semaphore suspended(0);

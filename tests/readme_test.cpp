@@ -100,7 +100,7 @@ awaitable<std::size_t> size_of(std::string_view text) {
 
 }  // namespace
 
-TEST_CASE("readme: arguments that die at the first suspension") {
+TEST_CASE("readme: arguments that are destroyed at the first suspension") {
   RuntimeBridge bridge;
   const std::string key = "a name that is too long for the small string";
 

@@ -38,7 +38,7 @@ TEST_CASE("shutdown: drain waits for the calls in flight and admits no more") {
   CHECK(bridge.shutdown(Shutdown::cancel, 0s));
 }
 
-TEST_CASE("shutdown: a deadline and a stop still work while it drains") {
+TEST_CASE("shutdown: deadlines and stops work while it drains") {
   RuntimeBridge bridge;
   std::stop_source source;
   Outcome timed, stopped;
@@ -56,7 +56,7 @@ TEST_CASE("shutdown: a deadline and a stop still work while it drains") {
   CHECK(stopped == BridgeError::Cancelled);
 }
 
-TEST_CASE("shutdown: cancel cancels what runs and what is queued, and waits") {
+TEST_CASE("shutdown: cancel cancels running and queued calls, and waits") {
   RuntimeBridge bridge;
   std::vector<Outcome> results(4);
   std::vector<std::jthread> callers;
@@ -77,7 +77,7 @@ TEST_CASE("shutdown: cancel cancels what runs and what is queued, and waits") {
   CHECK(queued.join().has_value() == ran);
 }
 
-TEST_CASE("shutdown: the cancellation of one task ends them all") {
+TEST_CASE("shutdown: one task's cancellation may end all others") {
   RuntimeBridge bridge;
   AllForOne operations;
   std::vector<JoinHandle<int>> tasks;
@@ -93,7 +93,7 @@ TEST_CASE("shutdown: the cancellation of one task ends them all") {
   for (auto& task : tasks) CHECK(task.join() == 1);
 }
 
-TEST_CASE("shutdown: a task that ends with a value although it was cancelled") {
+TEST_CASE("shutdown: a task that is cancelled and returns a value keeps it") {
   RuntimeBridge bridge;
   auto handle = bridge.submit(park_and_return(8));
   await_calls(bridge, 1);
@@ -101,7 +101,7 @@ TEST_CASE("shutdown: a task that ends with a value although it was cancelled") {
   CHECK(handle.join() == 8);
 }
 
-TEST_CASE("shutdown: cancel reaches all, though the cancellation of one throws") {
+TEST_CASE("shutdown: cancel reaches all calls, even if a cancellation handler throws") {
   std::atomic<int> strays{0};
   Options options;
   options.on_stray_exception = [&](const std::exception_ptr&) { ++strays; };
@@ -128,7 +128,7 @@ TEST_CASE("shutdown: cancel reaches all, though the cancellation of one throws")
   (void)throws.join();
 }
 
-TEST_CASE("shutdown: at the limit the context is stopped, and false tells") {
+TEST_CASE("shutdown: stops the worker at the limit and returns false") {
   for (const auto how : {Shutdown::drain, Shutdown::cancel}) {
     RuntimeBridge bridge;
     auto parked = bridge.submit(park_stubbornly());
@@ -141,7 +141,7 @@ TEST_CASE("shutdown: at the limit the context is stopped, and false tells") {
   }
 }
 
-TEST_CASE("shutdown: past the limit it waits for what waits for something foreign") {
+TEST_CASE("shutdown: past the limit it still waits for tasks on other executors") {
   RuntimeBridge bridge;
   Foreign foreign;
   auto visitor = bridge.submit(foreign.visit(6));
@@ -161,7 +161,7 @@ TEST_CASE("shutdown: past the limit it waits for what waits for something foreig
   CHECK(outcome(visitor.join()) == response_lost);
 }
 
-TEST_CASE("shutdown: past the limit it waits for that, and so it does after the destructor on the worker") {
+TEST_CASE("shutdown: waits for tasks on other executors even if the worker destroys the bridge") {
   auto bridge = std::make_unique<RuntimeBridge>();
   Foreign foreign;
   auto visitor = bridge->submit(foreign.visit(6));
@@ -187,7 +187,7 @@ TEST_CASE("shutdown: past the limit it waits for that, and so it does after the 
   CHECK(outcome(visitor.join()) == response_lost);
 }
 
-TEST_CASE("shutdown: the worker's thread is gone, and the destructors of its thread_locals are through") {
+TEST_CASE("shutdown: returns after the worker's thread_locals have been destroyed") {
   enum class By { destructor, worker, one_thread, two_threads };
   for (const By by : {By::destructor, By::worker, By::one_thread, By::two_threads}) {
     static std::atomic<bool> gone;
@@ -264,7 +264,7 @@ TEST_CASE("shutdown: on the worker it does not wait, and the worker ends after t
   }
 }
 
-TEST_CASE("shutdown: on the worker, without a limit to wait for and without calls") {
+TEST_CASE("shutdown: on the worker, with a zero limit, and without calls") {
   RuntimeBridge bridge;
   auto parked = bridge.submit(park_stubbornly());
   await_calls(bridge, 1);
@@ -288,7 +288,7 @@ TEST_CASE("shutdown: from the worker of a bridge that this one's worker waits fo
   CHECK(b.block_on([&] { return b.in_flight(); }) == 1u);
 }
 
-TEST_CASE("shutdown: a bridge whose task shuts another one down waits for it") {
+TEST_CASE("shutdown: a task that shuts another bridge down waits for it") {
   RuntimeBridge a, b;
   CHECK(a.block_on([&] { return b.shutdown(Shutdown::drain); }) == true);
   CHECK(outcome(b.block_on([] {})) == worker_dead);
@@ -300,7 +300,7 @@ TEST_CASE("shutdown: in a forked child it does nothing") {
   CHECK(bridge.block_on([] { return 1; }) == 1);
 }
 
-TEST_CASE("shutdown: another one does not cut short what the worker does at its end") {
+TEST_CASE("shutdown: a second shutdown does not cut the end of the worker short") {
   const RuntimeBridge bridge;
   const auto foreign = asio::make_work_guard(bridge.get_executor());  // as of a thread that is handing a task back
   int times = 0;
@@ -316,7 +316,7 @@ TEST_CASE("shutdown: another one does not cut short what the worker does at its 
 }
 
 // Race: calls are admitted while two threads shut the bridge down, in two ways.
-TEST_CASE("shutdown: against admission, and against another shutdown") {
+TEST_CASE("shutdown: races with admission and with another shutdown") {
   for (int round = 0; round < 1'000; ++round) {
     RuntimeBridge bridge;
     std::latch go(4);
@@ -347,7 +347,7 @@ TEST_CASE("shutdown: against admission, and against another shutdown") {
 }
 
 // Race: a call that was admitted is sent after the cancellation, because it starts the worker in between.
-TEST_CASE("shutdown: cancel against a first call that is being admitted") {
+TEST_CASE("shutdown: cancel races with the admission of the first call") {
   for (int round = 0; round < 300; ++round) {
     RuntimeBridge bridge(lazy());
     Outcome first;
@@ -360,7 +360,7 @@ TEST_CASE("shutdown: cancel against a first call that is being admitted") {
 }
 
 // Race: shutdown(cancel) while tasks complete, stop by themselves and time out.
-TEST_CASE("shutdown: cancel against completion, stops and deadlines") {
+TEST_CASE("shutdown: cancel races with completion, stops and deadlines") {
   for (int round = 0; round < 300; ++round) {
     RuntimeBridge bridge;
     std::stop_source source;

@@ -79,7 +79,7 @@ const bool one_core = std::thread::hardware_concurrency() == 1;
 
 }  // namespace
 
-TEST_CASE("spin: the more often it was in vain, the more rarely it is tried") {
+TEST_CASE("spin: each failure doubles the skipped attempts, and a success resets them") {
   Experience experience;
   int tries = 0;
   for (int i = 0; i < 1000; ++i) {
@@ -104,7 +104,7 @@ TEST_CASE("spin: a caller spins as long as the limit allows") {
   await_sleep(Caller(short_one).watch());
 }
 
-TEST_CASE("spin: not at all if the limit is zero or less") {
+TEST_CASE("spin: a limit of zero or less means no spinning") {
   for (const auto limit : {0us, std::chrono::microseconds::min()}) {
     const RuntimeBridge bridge = spinning_for(limit);
     const Caller caller(bridge);
@@ -119,7 +119,7 @@ TEST_CASE("spin: with another call in flight a caller soon sleeps") {
   await_sleep(Caller(bridge).watch());
 }
 
-TEST_CASE("spin: a caller stops when another call comes") {
+TEST_CASE("spin: a caller stops spinning when another call comes") {
   const RuntimeBridge bridge = spinning_for(1h);
   const Caller caller(bridge);
   if (!one_core) await_spinning(caller.watch());
@@ -158,7 +158,7 @@ void pin(pthread_t thread, unsigned processor) {
   pthread_setaffinity_np(thread, sizeof(set), &set);
 }
 
-TEST_CASE("spin: nobody goes on yielding to threads that compute") {
+TEST_CASE("spin: callers stop yielding if other threads keep every core busy") {
   if (one_core) return;
   std::vector<std::jthread> busy;
   for (unsigned i = 0; i < std::thread::hardware_concurrency(); ++i) {
@@ -187,13 +187,13 @@ TEST_CASE("spin: nobody goes on yielding to threads that compute") {
   CHECK(sooner_or_later([&] { return std::async(std::launch::async, seldom_slow).get(); }));
 }
 
-TEST_CASE("spin: a call that has its answer after many that were slow") {
+TEST_CASE("spin: quick calls work after many slow ones") {
   const RuntimeBridge bridge;
   for (int i = 0; i < 20; ++i) REQUIRE(bridge.block_on(sleep_for(1ms)));
   for (int i = 0; i < 5000; ++i) REQUIRE(bridge.block_on([&] { return i; }) == i);
 }
 
-TEST_CASE("spin: an idle bridge uses no processor") {
+TEST_CASE("spin: an idle bridge uses no CPU time") {
   const RuntimeBridge bridge;
   for (int i = 0; i < 1000; ++i) REQUIRE(bridge.block_on([&] { return i; }) == i);
   std::this_thread::sleep_for(20ms);  // many times the limit
@@ -236,7 +236,7 @@ TEST_CASE("spin: a worker that stays awake sleeps in the end") {
   await_sleep(wake(bridge));
 }
 
-TEST_CASE("spin: a worker that stays awake does not hold up the end") {
+TEST_CASE("spin: a worker that stays awake does not delay the end") {
   int i = 0;
   const auto end = [&i] {
     std::optional<RuntimeBridge> bridge(spinning_for(std::chrono::microseconds::max()));

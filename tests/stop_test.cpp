@@ -12,7 +12,7 @@
 
 #include "support.hpp"
 
-TEST_CASE("stop: the task is cancelled and waited for, and what it threw is the cause") {
+TEST_CASE("stop: the task is cancelled and waited for, and its exception is the cause") {
   RuntimeBridge bridge;
   std::stop_source source;
   Result<void> result;
@@ -26,7 +26,7 @@ TEST_CASE("stop: the task is cancelled and waited for, and what it threw is the 
   CHECK(bridge.in_flight() == 0);
 }
 
-TEST_CASE("stop: emitted on the worker") {
+TEST_CASE("stop: the cancellation is emitted on the worker") {
   const RuntimeBridge bridge;
   const auto worker = worker_of(bridge);
   std::thread::id emitted_on;
@@ -48,7 +48,7 @@ TEST_CASE("stop: emitted on the worker") {
   CHECK(emitted_on == worker);
 }
 
-TEST_CASE("stop: one that was requested before does not start the task") {
+TEST_CASE("stop: one that was requested before the call does not start the task") {
   RuntimeBridge bridge;
   std::stop_source source;
   source.request_stop();
@@ -64,7 +64,7 @@ TEST_CASE("stop: one that was requested before does not start the task") {
   CHECK_FALSE(ran);
 }
 
-TEST_CASE("stop: from inside the task") {
+TEST_CASE("stop: may be requested by the task itself") {
   RuntimeBridge bridge;
   std::stop_source source;
   const auto task = [&]() -> awaitable<int> {
@@ -78,7 +78,7 @@ TEST_CASE("stop: from inside the task") {
   CHECK(bridge.block_on([&] { return other.request_stop(); }, other.get_token()) == true);
 }
 
-TEST_CASE("stop: without effect on a task that has a value, and on other calls") {
+TEST_CASE("stop: does not affect a task that has its value, or other calls") {
   RuntimeBridge bridge;
   std::stop_source source;
   Outcome neighbour;
@@ -95,7 +95,7 @@ TEST_CASE("stop: without effect on a task that has a value, and on other calls")
   CHECK(neighbour == succeeded);
 }
 
-TEST_CASE("stop: a cancellation of a nested operation, by total cancellation too") {
+TEST_CASE("stop: cancels a nested operation that accepts total cancellation") {
   RuntimeBridge bridge;
   std::stop_source source;
   const auto task = [&]() -> awaitable<void> {
@@ -110,7 +110,7 @@ TEST_CASE("stop: a cancellation of a nested operation, by total cancellation too
   CHECK(result == BridgeError::Cancelled);
 }
 
-TEST_CASE("stop: of a task that ends on its own before its cancellation gets to it") {
+TEST_CASE("stop: a task that ends before its cancellation arrives") {
   const RuntimeBridge bridge;
   std::latch started(1);
   std::binary_semaphore may_end(0);
@@ -127,7 +127,7 @@ TEST_CASE("stop: of a task that ends on its own before its cancellation gets to 
 }
 
 // Asio's part of a task that is over goes to the next one.
-TEST_CASE("stop: that gets to a task when it is over does not reach the next one") {
+TEST_CASE("stop: one that arrives after its task ended does not reach the next task") {
   const RuntimeBridge bridge;
   JoinHandle<void> first, next;
   unwrap(bridge.block_on([&] {
@@ -143,7 +143,7 @@ TEST_CASE("stop: that gets to a task when it is over does not reach the next one
 }
 
 // Race: the stop comes while the call is refused, and must not be sent to where nobody hears of it any more.
-TEST_CASE("stop: against a refusal") {
+TEST_CASE("stop: races with a refusal") {
   const RuntimeBridge bridge;
   auto parked = bridge.submit(park());
   await_calls(bridge, 1);
@@ -171,7 +171,7 @@ TEST_CASE("stop: against a refusal") {
   parked.request_stop();
 }
 
-TEST_CASE("stop: after the call, it touches nothing of it") {
+TEST_CASE("stop: touches nothing of the call after the call returned") {
   RuntimeBridge bridge;
   std::stop_source source;
   for (int i = 0; i < 100; ++i) CHECK(bridge.block_on(hops(1), source.get_token()) == 1);
@@ -181,7 +181,7 @@ TEST_CASE("stop: after the call, it touches nothing of it") {
 
 // Race: a stop comes from another thread while the call is admitted, runs and completes. The task borrows the caller's
 // stack, so a cancellation that came late would be seen by ASan and TSan.
-TEST_CASE("stop: against admission and completion") {
+TEST_CASE("stop: races with admission and completion") {
   RuntimeBridge bridge;
   std::stop_source source;
   std::binary_semaphore go(0), went(0);
@@ -222,7 +222,7 @@ TEST_CASE("stop: against admission and completion") {
 }
 
 // Race: a stop, a deadline and the end of the context meet one call.
-TEST_CASE("stop: against a deadline and context().stop()") {
+TEST_CASE("stop: races with a deadline and context().stop()") {
   for (int round = 0; round < 300; ++round) {
     RuntimeBridge bridge;
     std::stop_source source;

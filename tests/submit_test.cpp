@@ -19,7 +19,7 @@ awaitable<std::unique_ptr<int>> boxed(int n) { co_return std::make_unique<int>(n
 
 }  // namespace
 
-TEST_CASE("submit: returns at once, and join gives the value") {
+TEST_CASE("submit: returns at once, and join returns the value") {
   RuntimeBridge bridge;
   std::atomic<bool> may_end{false};
   auto handle = bridge.submit([&may_end]() -> awaitable<int> {
@@ -61,7 +61,7 @@ TEST_CASE("submit: every kind of Task, owned") {
   CHECK(bridge.submit(timer.async_wait(asio::deferred)).join().has_value());
 }
 
-TEST_CASE("submit: what the task owns is destroyed on the worker, before it counts as done") {
+TEST_CASE("submit: what the task owns is destroyed on the worker before the task is done") {
   RuntimeBridge bridge;
   const auto worker = worker_of(bridge);
   for (int round = 0; round < 200; ++round) {
@@ -73,7 +73,12 @@ TEST_CASE("submit: what the task owns is destroyed on the worker, before it coun
     REQUIRE(coroutine == worker);
     REQUIRE(plain == worker);
   }
-  // Race: a second stop looks at the call while it ends. It must not be the one that destroys the task.
+}
+
+// Race: a second stop uses the call while it ends. It must not be the one that destroys the task.
+TEST_CASE("submit: a stop that races with the end of a task does not destroy it elsewhere") {
+  const RuntimeBridge bridge;
+  const auto worker = worker_of(bridge);
   for (int round = 0; round < 5'000; ++round) {
     std::thread::id coroutine;
     auto handle = bridge.submit([n = NotesItsEnd(coroutine)] { return seven(); });
@@ -126,7 +131,7 @@ TEST_CASE("submit: a worker that gave up waiting may be gone when the task ends"
   CHECK_FALSE(parked.join().has_value());
 }
 
-TEST_CASE("submit: request_stop cancels, once the task is over it changes nothing") {
+TEST_CASE("submit: request_stop cancels the task, and has no effect once it is over") {
   RuntimeBridge bridge;
   auto parked = bridge.submit(park());
   parked.request_stop();
@@ -141,7 +146,7 @@ TEST_CASE("submit: request_stop cancels, once the task is over it changes nothin
 }
 
 // Race: one thread joins, another asks for the stop.
-TEST_CASE("submit: a stop against join") {
+TEST_CASE("submit: a stop races with join") {
   RuntimeBridge bridge;
   for (int round = 0; round < 1'000; ++round) {
     auto handle = bridge.submit(park());
@@ -152,7 +157,7 @@ TEST_CASE("submit: a stop against join") {
   }
 }
 
-TEST_CASE("submit: a stop before the task was started leaves it unrun") {
+TEST_CASE("submit: a task that is stopped before it was started does not run") {
   RuntimeBridge bridge;
   std::binary_semaphore go_on(0);
   asio::post(bridge.get_executor(), [&] { go_on.acquire(); });
@@ -188,7 +193,7 @@ TEST_CASE("submit: the handle's destructor stops and joins") {
   CHECK(handle.join().has_value());
 }
 
-TEST_CASE("submit: on the worker, all but join") {
+TEST_CASE("submit: on the worker everything works except join") {
   RuntimeBridge bridge;
   Outcome joined;
   bool done = true;
@@ -260,7 +265,7 @@ TEST_CASE("submit: ten thousand at once") {
 }
 
 // Race: a handle is destroyed, or asked to stop, while its task completes.
-TEST_CASE("submit: handle destruction against completion") {
+TEST_CASE("submit: destruction of a handle races with completion") {
   RuntimeBridge bridge;
   const auto alive = std::make_shared<int>(0);
   for (int round = 0; round < 5'000; ++round) {
@@ -276,7 +281,7 @@ TEST_CASE("submit: handle destruction against completion") {
 }
 
 // The stress test found this one: the handle's stop was posted, in the memory of a call that had never been sent.
-TEST_CASE("submit: a refused call is over, task and all") {
+TEST_CASE("submit: a refused call is over and its task destroyed") {
   const RuntimeBridge bridge(lazy());  // without a worker, so what is posted stays where it is
   REQUIRE(bridge.shutdown(Shutdown::drain));
   auto owned = std::make_shared<int>(0);
@@ -291,7 +296,7 @@ TEST_CASE("submit: a refused call is over, task and all") {
 }
 
 // Race: other threads ask a handle that is detached. TSan.
-TEST_CASE("submit: detach beside request_stop and done") {
+TEST_CASE("submit: detach runs concurrently with request_stop and done") {
   const RuntimeBridge bridge;
   for (int round = 0; round < 300; ++round) {
     auto handle = bridge.submit([]() -> awaitable<void> { co_await asio::post(use_awaitable); });

@@ -78,7 +78,7 @@ struct AtExit {
 // ---------------------------------------------------------------------------------------------------------------------
 // No thread, no descriptor
 
-TEST_CASE("system: no thread to be had, and then there is") {
+TEST_CASE("system: a worker starts once threads are available again") {
   CHECK(in_child_process([] {
           const auto none = std::errc::resource_unavailable_try_again;
           const auto descriptors = descriptors_of_this_process();
@@ -192,7 +192,7 @@ void storm(const std::stop_token& stop) {
 
 }  // namespace
 
-TEST_CASE("system: signals harm no wait") {
+TEST_CASE("system: signals do not end a wait early") {
   struct sigaction action {};
   action.sa_handler = count_signal;  // and no SA_RESTART
   sigaction(SIGUSR1, &action, nullptr);
@@ -237,7 +237,7 @@ TEST_CASE("system: signals harm no wait") {
   CHECK(signals_of_worker == 0);
 }
 
-TEST_CASE("system: a worker takes no signal that is for the program") {
+TEST_CASE("system: the worker blocks the program's signals") {
   const auto blocked = [](const RuntimeBridge& bridge) {
     return *bridge.block_on([] {
       sigset_t signals_of_thread;
@@ -259,7 +259,7 @@ TEST_CASE("system: a worker takes no signal that is for the program") {
 }
 
 // poco#2978: a bridge made before main blocks the signals that it waits for.
-TEST_CASE("system: a signal gets to the thread that waits for it") {
+TEST_CASE("system: a signal reaches the thread that waits for it") {
   CHECK(in_child_process([] {
           const RuntimeBridge bridge;
           sigset_t set;
@@ -475,7 +475,7 @@ TEST_CASE("system: a static bridge serves the destructors of other statics") {
         }) == 7);
 }
 
-TEST_CASE("system: thread_local bridges, of threads and of another bridge's worker") {
+TEST_CASE("system: thread_local bridges of threads and of another bridge's worker") {
   std::atomic<int> served{0};
   const auto use = [&] {
     thread_local RuntimeBridge bridge;
@@ -517,7 +517,7 @@ TEST_CASE("system: a thread_local bridge that outlives those of main") {
         }) == 7);
 }
 
-TEST_CASE("system: a thread_local of a worker outlives the bridge that the worker was of") {
+TEST_CASE("system: a worker's thread_local outlives its bridge") {
   static std::atomic<bool> dies{false};
   static std::atomic<bool> is_alone{false};
   static std::atomic<int> served{0};
@@ -539,7 +539,7 @@ TEST_CASE("system: a thread_local of a worker outlives the bridge that the worke
         }) == 0);
 }
 
-TEST_CASE("system: thread_locals of a worker destroy its bridge and make calls") {
+TEST_CASE("system: a worker's thread_locals destroy its bridge and make calls") {
   for (const bool by_another : {false, true}) {
     CHECK(in_child_process([=] {
             static std::atomic<int> served{0};
@@ -638,7 +638,7 @@ TEST_CASE("system: a library with bridges is loaded and closed") {
   CHECK(in_child_process([]() -> int { std::exit(load_and_close(PLUGIN_HIDDEN, false)); }) == 0);
 }
 
-TEST_CASE("system: libraries with bridges are loaded and closed at the same time") {
+TEST_CASE("system: libraries with bridges are loaded and closed concurrently") {
   CHECK(in_child_process([]() -> int {
           const RuntimeBridge own;
           std::atomic<int> wrong{0};

@@ -106,7 +106,7 @@ TEST_CASE("task: plain callables run on the worker") {
   CHECK(bridge.block_on(OnlyAsRvalue{}) == 5);
 }
 
-TEST_CASE("task: an Asio operation that waits for its token") {
+TEST_CASE("task: an Asio operation that takes its completion token") {
   RuntimeBridge bridge;
   asio::steady_timer timer(bridge.get_executor(), 1ms);
   CHECK(bridge.block_on(timer.async_wait(asio::deferred)).has_value());
@@ -146,7 +146,7 @@ TEST_CASE("task: an awaitable's over-aligned result") {
 }
 #endif
 
-TEST_CASE("task: callers make progress side by side") {
+TEST_CASE("task: calls from different threads run concurrently") {
   RuntimeBridge bridge;
   // The first task can only end once the second has run.
   bool second_has_run = false;
@@ -157,7 +157,7 @@ TEST_CASE("task: callers make progress side by side") {
   CHECK(bridge.in_flight() == 0);
 }
 
-TEST_CASE("task: an awaitable that was given up before is an error of its call alone") {
+TEST_CASE("task: an awaitable that was moved from before is an error of its call only") {
   const RuntimeBridge bridge;
   auto task = seven();
   CHECK(bridge.block_on(std::move(task)) == 7);

@@ -95,7 +95,7 @@ TEST_CASE("use_future: the captures of the callable outlive get()") {
   }
 }
 
-TEST_CASE("use_future: after a timeout the task runs on, unseen") {
+TEST_CASE("use_future: the task runs on after a timeout") {
   Naive naive;
   std::atomic<bool> ran_on{false};
   std::promise<void> caller_has_left;

@@ -32,7 +32,7 @@ TEST_CASE("worker: a call that has returned is not in flight") {
   }
 }
 
-TEST_CASE("worker: its name, cut to what the system takes") {
+TEST_CASE("worker: has the given name, truncated to the system's limit") {
   CHECK(RuntimeBridge().block_on(name_of_this_thread) == "runtime-bridge");
   CHECK(RuntimeBridge::with_thread_name("pg-pool").block_on(name_of_this_thread) == "pg-pool");
   CHECK(RuntimeBridge::with_thread_name("a-name-of-more-than-15-bytes").block_on(name_of_this_thread) ==
@@ -102,7 +102,7 @@ TEST_CASE("worker: in_flight counts the calls that have not ended") {
   CHECK(bridge.in_flight() == 0);
 }
 
-TEST_CASE("start: eager, the constructor makes the thread and takes the reactor's descriptors") {
+TEST_CASE("start: an eager constructor starts the thread and opens the reactor") {
   const auto descriptors = descriptors_of_this_process();
   {
     RuntimeBridge bridge;
@@ -152,7 +152,7 @@ TEST_CASE("start: without a thread the constructor fails") {
         }) == 0);
 }
 
-TEST_CASE("start: lazy, the first call starts the worker") {
+TEST_CASE("start: the first call starts a lazy worker") {
   const auto descriptors = descriptors_of_this_process();
   RuntimeBridge bridge(lazy());
   await_workers(0);
@@ -161,7 +161,7 @@ TEST_CASE("start: lazy, the first call starts the worker") {
   await_workers(1);
 }
 
-TEST_CASE("start: lazy, a bridge that is never called") {
+TEST_CASE("start: a lazy bridge that is never called starts no worker") {
   bool ran = false;
   {
     RuntimeBridge bridge(lazy());
@@ -171,14 +171,14 @@ TEST_CASE("start: lazy, a bridge that is never called") {
   await_workers(0);
 }
 
-TEST_CASE("start: lazy, what was posted before the first call runs first") {
+TEST_CASE("start: handlers posted to a lazy bridge run before its first call") {
   RuntimeBridge bridge(lazy());
   bool ran = false;
   asio::post(bridge.get_executor(), [&ran] { ran = true; });
   CHECK(bridge.block_on([&ran] { return ran; }) == true);
 }
 
-TEST_CASE("start: lazy, a start that fails is WorkerDead with the cause, and the next call tries again") {
+TEST_CASE("start: a lazy start that fails is WorkerDead with the cause, and the next call tries again") {
   RuntimeBridge bridge(lazy());
   Result<int> refused = 0, submitted = 0;
   {
@@ -194,7 +194,7 @@ TEST_CASE("start: lazy, a start that fails is WorkerDead with the cause, and the
   CHECK(bridge.block_on([] { return 2; }) == 2);
 }
 
-TEST_CASE("start: lazy, 64 racing first calls make one thread") {
+TEST_CASE("start: 64 concurrent first calls start one thread") {
   for (int round = 0; round < 20; ++round) {
     RuntimeBridge bridge(lazy());
     std::latch go(64);
@@ -215,14 +215,14 @@ TEST_CASE("start: lazy, 64 racing first calls make one thread") {
   }
 }
 
-TEST_CASE("start: a lazy bridge that could not be started and never was") {
+TEST_CASE("start: a lazy bridge that could not start may be destroyed") {
   const RuntimeBridge bridge(lazy());
   const Limit limit(RLIMIT_NOFILE, 0);
   CHECK_FALSE(bridge.block_on([] {}).has_value());
 }
 
 // Race: the first call starts the worker while somebody stops its context, or shuts the bridge down.
-TEST_CASE("start: lazy, a first call against context().stop() and shutdown") {
+TEST_CASE("start: the first call races with context().stop() and shutdown") {
   for (int round = 0; round < 1'000; ++round) {
     RuntimeBridge bridge(lazy());
     std::latch go(2);
