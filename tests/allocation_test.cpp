@@ -667,7 +667,7 @@ TEST_CASE("allocation: a bridge that is destroyed by its own task") {
   });
 }
 
-TEST_CASE("allocation: each of many concurrent callers gets its answer") {
+TEST_CASE("allocation: each of many concurrent callers gets its answer", "[race]") {
   sweep(50, [](Scene& scene) {
     std::optional<RuntimeBridge> bridge;
     std::array<std::thread, 3> callers;

@@ -383,7 +383,7 @@ TEST_CASE("curl: a host that refuses, and one that does not answer") {
   CHECK(http.failure({"GET", "file:///etc/hostname"}) == CURLE_UNSUPPORTED_PROTOCOL);
 }
 
-TEST_CASE("curl: a stalled server times out, a slow source or sink does not") {
+TEST_CASE("curl: a stalled server times out, a slow source or sink does not", "[slow]") {
   HttpServer server([](Exchange& exchange) -> awaitable<bool> {
     co_await exchange.body();
     if (exchange.target == "/") co_return co_await hello(exchange);
@@ -573,7 +573,7 @@ TEST_CASE("curl: a request whose body or sink cannot be reopened is not retried"
   CHECK(server.requests == 1);
 }
 
-TEST_CASE("curl: Retry-After is respected, and one that is too long means no retry") {
+TEST_CASE("curl: Retry-After is respected, and one that is too long means no retry", "[timing]") {
   std::atomic<int> ask_for = 1;  // 0: an answer
   HttpServer server([&](Exchange& exchange) -> awaitable<bool> {
     const int seconds = ask_for;
@@ -617,7 +617,7 @@ TEST_CASE("curl: retry delays grow up to a limit, with jitter") {
 // ---------------------------------------------------------------------------------------------------------------------
 // The end of a transfer before its end
 
-TEST_CASE("curl: a deadline aborts a transfer in every state and closes its connection") {
+TEST_CASE("curl: a deadline aborts a transfer in every state and closes its connection", "[timing]") {
   HttpServer silent(never);
   HttpServer server(hello);
   HttpServer reader([](Exchange& exchange) -> awaitable<bool> {

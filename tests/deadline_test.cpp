@@ -192,7 +192,7 @@ TEST_CASE("deadline: a clock that is set forward") {
 }
 
 // Race: the deadline passes while the task completes.
-TEST_CASE("deadline: races with completion") {
+TEST_CASE("deadline: races with completion", "[race]") {
   RuntimeBridge bridge;
   int values = 0;
   int timeouts = 0;

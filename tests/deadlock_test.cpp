@@ -155,7 +155,7 @@ TEST_CASE("deadlock: a bridge that a task shut down and destroyed leaves no wait
   CHECK(through == succeeded);
 }
 
-TEST_CASE("deadlock: rings are looked up while the waits change") {
+TEST_CASE("deadlock: rings are looked up while the waits change", "[race]") {
   const RuntimeBridge a;
   const RuntimeBridge b;
   const RuntimeBridge c;

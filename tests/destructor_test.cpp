@@ -343,7 +343,7 @@ TEST_CASE("destructor: a task with a stop request that another thread destroys i
 }
 
 // Race: pool threads hand tasks back to the context while the worker destroys what is parked on it.
-TEST_CASE("destructor: races with completions on other threads") {
+TEST_CASE("destructor: races with completions on other threads", "[race]") {
   asio::thread_pool pool(2);
   for (int round = 0; round < 300; ++round) {
     constexpr int calls = 4;
@@ -369,7 +369,7 @@ TEST_CASE("destructor: races with completions on other threads") {
 }
 
 // Race: tasks complete while the bridge is destroyed.
-TEST_CASE("destructor: races with completion") {
+TEST_CASE("destructor: races with completion", "[race]") {
   for (int round = 0; round < 500; ++round) {
     constexpr int calls = 3;
     std::optional<RuntimeBridge> bridge(std::in_place);
@@ -393,7 +393,7 @@ TEST_CASE("destructor: races with completion") {
 }
 
 // Race: admission, stray exceptions and context().stop(). No caller may be left waiting.
-TEST_CASE("context().stop(): races with admission and stray exceptions") {
+TEST_CASE("context().stop(): races with admission and stray exceptions", "[race]") {
   for (int round = 0; round < 500; ++round) {
     RuntimeBridge bridge;
     std::atomic<int> unexpected{0};

@@ -207,7 +207,7 @@ TEST_CASE("message: of a worker that could not be started") {
   CHECK(text(submitted) == text(called));
 }
 
-TEST_CASE("message: in a forked child") {
+TEST_CASE("message: in a forked child", "[child]") {
   const RuntimeBridge bridge;
   auto handle = bridge.submit(park());
   await_calls(bridge, 1);

@@ -124,14 +124,14 @@ TEST_CASE("hard stop: many shapes at once") {
   }
 }
 
-TEST_CASE("hard stop: takes no fixed time") {
+TEST_CASE("hard stop: takes no fixed time", "[timing]") {
   CHECK(quickest([] { return time_to_destroy_over(1, park); }) < 10ms * slowness);
   CHECK(quickest([] { return time_to_destroy_over(1000, park); }) < 100ms * slowness);
   CHECK(quickest([] { return time_to_destroy_over(1, park_stubbornly); }) < 10ms * slowness);
   CHECK(quickest([] { return time_to_destroy_over(100, park_stubbornly); }) < 100ms * slowness);
 }
 
-TEST_CASE("hard stop: a shutdown keeps to its limit") {
+TEST_CASE("hard stop: a shutdown keeps to its limit", "[timing]") {
   const auto took = quickest([] {
     RuntimeBridge bridge;
     auto parked = bridge.submit(park());
@@ -374,11 +374,12 @@ TEST_CASE("hard stop: a task that comes back from another executor and waits for
 }
 
 // The context has had no signals before, so they come with a service that was not shut down yet.
-TEST_CASE("hard stop: a task that comes back from another executor and waits for a signal_set is destroyed") {
+TEST_CASE("hard stop: a task that comes back from another executor and waits for a signal_set is destroyed",
+          "[signal_set]") {
   check_destroyed_after_foreign(wait_for_signal);
 }
 
-TEST_CASE("hard stop: a task that only computes between its steps is cancelled soon") {
+TEST_CASE("hard stop: a task that only computes between its steps is cancelled soon", "[timing]") {
   auto bridge = std::make_unique<RuntimeBridge>();
   int steps = 0;
   std::atomic<bool> stopping{false};
@@ -520,7 +521,7 @@ void check_destroyed(RuntimeBridge& bridge, Operation operation) {
 
 }  // namespace
 
-TEST_CASE("hard stop: a task that waits for a socket and ignores cancellation is destroyed") {
+TEST_CASE("hard stop: a task that waits for a socket and ignores cancellation is destroyed", "[socket]") {
   RuntimeBridge bridge;
   asio::local::stream_protocol::socket a(bridge.get_executor()), b(bridge.get_executor());
   asio::local::connect_pair(a, b);
@@ -537,7 +538,7 @@ TEST_CASE("hard stop: a task that waits for a channel and ignores cancellation i
   check_destroyed(other, [&](auto token) { return concurrent.async_receive(token); });
 }
 
-TEST_CASE("hard stop: a task that waits for a signal_set and ignores cancellation is destroyed") {
+TEST_CASE("hard stop: a task that waits for a signal_set and ignores cancellation is destroyed", "[signal_set]") {
   RuntimeBridge bridge;
   asio::signal_set signals(bridge.get_executor(), SIGUSR2);
   check_destroyed(bridge, [&](auto token) { return signals.async_wait(token); });

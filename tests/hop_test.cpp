@@ -90,7 +90,7 @@ TEST_CASE("hop: the worker touches nothing of a task after its caller returned")
 }
 
 // Race: a cancellation looks for a task that is ending on a pool. TSan.
-TEST_CASE("hop: a deadline races with a task that ends on a pool") {
+TEST_CASE("hop: a deadline races with a task that ends on a pool", "[race]") {
   asio::thread_pool pool(2);
   const RuntimeBridge bridge;
   std::atomic<int> wrong{0};

@@ -151,7 +151,7 @@ TEST_CASE("lifetime: only the task's exception outlives the task") {
 
 // Race: the caller returns and its stack frame dies while the worker is still winding up the call. ASan and TSan see
 // whatever of the call the worker touches then.
-TEST_CASE("lifetime: tasks borrow the caller's stack, ten thousand times") {
+TEST_CASE("lifetime: tasks borrow the caller's stack, ten thousand times", "[race]") {
   RuntimeBridge bridge;
   const auto borrow_in_a_frame_that_dies = [&bridge](int round) {
     int local = round;

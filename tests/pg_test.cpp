@@ -1030,7 +1030,7 @@ TEST_CASE("pg: a pool survives a restart of its server") {
   for (int i = 0; i < 8; ++i) CHECK(db.select<int>("select 1") == 1);
 }
 
-TEST_CASE("pg: a forked child leaves its parent's connections alone") {
+TEST_CASE("pg: a forked child leaves its parent's connections alone", "[child]") {
   auto db = std::make_unique<Database>(2);
   const int pid = db->pid().value();
   CHECK(in_child_process([&] {

@@ -72,7 +72,7 @@ TEST_CASE("seed: dropping the bridge ends the worker") {
   await_workers(0);
 }
 
-TEST_CASE("seed: four callers that each wait 250 ms end in under half of the serial time") {
+TEST_CASE("seed: four callers that each wait 250 ms end in under half of the serial time", "[timing]") {
   constexpr int callers = 4;
   RuntimeBridge bridge;
   std::barrier all(callers);

@@ -294,7 +294,7 @@ TEST_CASE("shutdown: a task that shuts another bridge down waits for it") {
   CHECK(outcome(b.block_on([] {})) == worker_dead);
 }
 
-TEST_CASE("shutdown: in a forked child it does nothing") {
+TEST_CASE("shutdown: in a forked child it does nothing", "[child]") {
   RuntimeBridge bridge;
   CHECK(in_child_process([&] { return bridge.shutdown(Shutdown::cancel) ? 0 : 1; }) == 0);
   CHECK(bridge.block_on([] { return 1; }) == 1);
@@ -316,7 +316,7 @@ TEST_CASE("shutdown: a second shutdown does not cut the end of the worker short"
 }
 
 // Race: calls are admitted while two threads shut the bridge down, in two ways.
-TEST_CASE("shutdown: races with admission and with another shutdown") {
+TEST_CASE("shutdown: races with admission and with another shutdown", "[race]") {
   for (int round = 0; round < 1'000; ++round) {
     RuntimeBridge bridge;
     std::latch go(4);
@@ -347,7 +347,7 @@ TEST_CASE("shutdown: races with admission and with another shutdown") {
 }
 
 // Race: a call that was admitted is sent after the cancellation, because it starts the worker in between.
-TEST_CASE("shutdown: cancel races with the admission of the first call") {
+TEST_CASE("shutdown: cancel races with the admission of the first call", "[race]") {
   for (int round = 0; round < 300; ++round) {
     RuntimeBridge bridge(lazy());
     Outcome first;
@@ -360,7 +360,7 @@ TEST_CASE("shutdown: cancel races with the admission of the first call") {
 }
 
 // Race: shutdown(cancel) while tasks complete, stop by themselves and time out.
-TEST_CASE("shutdown: cancel races with completion, stops and deadlines") {
+TEST_CASE("shutdown: cancel races with completion, stops and deadlines", "[race]") {
   for (int round = 0; round < 300; ++round) {
     RuntimeBridge bridge;
     std::stop_source source;

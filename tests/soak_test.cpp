@@ -54,7 +54,7 @@ int all_kinds_of_calls(const RuntimeBridge& bridge) {
 
 }  // namespace
 
-TEST_CASE("soak: memory, threads and descriptors do not grow") {
+TEST_CASE("soak: memory, threads and descriptors do not grow", "[race][slow]") {
   const char* const seconds = std::getenv("RUNTIME_BRIDGE_SOAK_SECONDS");
   const auto length = std::chrono::seconds(seconds ? std::strtoll(seconds, nullptr, 10) : 2);
   const auto begin = Clock::now();

@@ -96,7 +96,7 @@ TEST_CASE("spin: each failure doubles the skipped attempts, and a success resets
   CHECK(experience.encourages());
 }
 
-TEST_CASE("spin: a caller spins as long as the limit allows") {
+TEST_CASE("spin: a caller spins as long as the limit allows", "[timing]") {
   if (one_core) return;
   const RuntimeBridge long_one = spinning_for(1h);
   await_spinning(Caller(long_one).watch());
@@ -104,7 +104,7 @@ TEST_CASE("spin: a caller spins as long as the limit allows") {
   await_sleep(Caller(short_one).watch());
 }
 
-TEST_CASE("spin: a limit of zero or less means no spinning") {
+TEST_CASE("spin: a limit of zero or less means no spinning", "[timing]") {
   for (const auto limit : {0us, std::chrono::microseconds::min()}) {
     const RuntimeBridge bridge = spinning_for(limit);
     const Caller caller(bridge);
@@ -113,13 +113,13 @@ TEST_CASE("spin: a limit of zero or less means no spinning") {
   }
 }
 
-TEST_CASE("spin: with another call in flight a caller soon sleeps") {
+TEST_CASE("spin: with another call in flight a caller soon sleeps", "[timing]") {
   const RuntimeBridge bridge = spinning_for(1h);
   const auto other = bridge.submit(park());
   await_sleep(Caller(bridge).watch());
 }
 
-TEST_CASE("spin: a caller stops spinning when another call comes") {
+TEST_CASE("spin: a caller stops spinning when another call comes", "[timing]") {
   const RuntimeBridge bridge = spinning_for(1h);
   const Caller caller(bridge);
   if (!one_core) await_spinning(caller.watch());
@@ -127,7 +127,7 @@ TEST_CASE("spin: a caller stops spinning when another call comes") {
   await_sleep(caller.watch());
 }
 
-TEST_CASE("spin: with another call in flight a caller yields before it sleeps, up to 64 times") {
+TEST_CASE("spin: with another call in flight a caller yields before it sleeps, up to 64 times", "[timing]") {
   if (one_core) return;
   const RuntimeBridge bridge;
   const auto other = bridge.submit(park());
@@ -158,7 +158,7 @@ void pin(pthread_t thread, unsigned processor) {
   pthread_setaffinity_np(thread, sizeof(set), &set);
 }
 
-TEST_CASE("spin: callers stop yielding if other threads keep every core busy") {
+TEST_CASE("spin: callers stop yielding if other threads keep every core busy", "[timing]") {
   if (one_core) return;
   std::vector<std::jthread> busy;
   for (unsigned i = 0; i < std::thread::hardware_concurrency(); ++i) {
@@ -193,7 +193,7 @@ TEST_CASE("spin: quick calls work after many slow ones") {
   for (int i = 0; i < 5000; ++i) REQUIRE(bridge.block_on([&] { return i; }) == i);
 }
 
-TEST_CASE("spin: an idle bridge uses no CPU time") {
+TEST_CASE("spin: an idle bridge uses no CPU time", "[timing]") {
   const RuntimeBridge bridge;
   for (int i = 0; i < 1000; ++i) REQUIRE(bridge.block_on([&] { return i; }) == i);
   std::this_thread::sleep_for(20ms);  // many times the limit
@@ -221,7 +221,7 @@ Watch wake(const RuntimeBridge& bridge) {
 
 }  // namespace
 
-TEST_CASE("spin: a worker that stays awake serves everything else") {
+TEST_CASE("spin: a worker that stays awake serves everything else", "[timing]") {
   const RuntimeBridge bridge = spinning_for(std::chrono::microseconds::max());
   wake(bridge);
   std::promise<void> posted;
@@ -231,12 +231,12 @@ TEST_CASE("spin: a worker that stays awake serves everything else") {
   CHECK(bridge.submit([] { return 7; }).join() == 7);
 }
 
-TEST_CASE("spin: a worker that stays awake sleeps in the end") {
+TEST_CASE("spin: a worker that stays awake sleeps in the end", "[timing]") {
   const RuntimeBridge bridge = spinning_for(100ms);
   await_sleep(wake(bridge));
 }
 
-TEST_CASE("spin: a worker that stays awake does not delay the end") {
+TEST_CASE("spin: a worker that stays awake does not delay the end", "[timing]") {
   int i = 0;
   const auto end = [&i] {
     std::optional<RuntimeBridge> bridge(spinning_for(std::chrono::microseconds::max()));

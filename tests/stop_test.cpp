@@ -143,7 +143,7 @@ TEST_CASE("stop: one that arrives after its task ended does not reach the next t
 }
 
 // Race: the stop comes while the call is refused, and must not be sent to where nobody hears of it any more.
-TEST_CASE("stop: races with a refusal") {
+TEST_CASE("stop: races with a refusal", "[race]") {
   const RuntimeBridge bridge;
   auto parked = bridge.submit(park());
   await_calls(bridge, 1);
@@ -181,7 +181,7 @@ TEST_CASE("stop: touches nothing of the call after the call returned") {
 
 // Race: a stop comes from another thread while the call is admitted, runs and completes. The task borrows the caller's
 // stack, so a cancellation that came late would be seen by ASan and TSan.
-TEST_CASE("stop: races with admission and completion") {
+TEST_CASE("stop: races with admission and completion", "[race]") {
   RuntimeBridge bridge;
   std::stop_source source;
   std::binary_semaphore go(0), went(0);
@@ -222,7 +222,7 @@ TEST_CASE("stop: races with admission and completion") {
 }
 
 // Race: a stop, a deadline and the end of the context meet one call.
-TEST_CASE("stop: races with a deadline and context().stop()") {
+TEST_CASE("stop: races with a deadline and context().stop()", "[race]") {
   for (int round = 0; round < 300; ++round) {
     RuntimeBridge bridge;
     std::stop_source source;

@@ -288,7 +288,7 @@ std::int64_t run_seed(std::uint64_t seed) {
 
 }  // namespace
 
-TEST_CASE("stress: random schedules over all operations") {
+TEST_CASE("stress: random schedules over all operations", "[race][slow]") {
   const char* const one = std::getenv("RUNTIME_BRIDGE_SEED");
   const char* const seconds = std::getenv("RUNTIME_BRIDGE_STRESS_SECONDS");
   const auto begin = Clock::now();

@@ -76,7 +76,7 @@ TEST_CASE("submit: what the task owns is destroyed on the worker before the task
 }
 
 // Race: a second stop uses the call while it ends. It must not be the one that destroys the task.
-TEST_CASE("submit: a stop that races with the end of a task does not destroy it elsewhere") {
+TEST_CASE("submit: a stop that races with the end of a task does not destroy it elsewhere", "[race]") {
   const RuntimeBridge bridge;
   const auto worker = worker_of(bridge);
   for (int round = 0; round < 5'000; ++round) {
@@ -146,7 +146,7 @@ TEST_CASE("submit: request_stop cancels the task, and has no effect once it is o
 }
 
 // Race: one thread joins, another asks for the stop.
-TEST_CASE("submit: a stop races with join") {
+TEST_CASE("submit: a stop races with join", "[race]") {
   RuntimeBridge bridge;
   for (int round = 0; round < 1'000; ++round) {
     auto handle = bridge.submit(park());
@@ -248,7 +248,7 @@ TEST_CASE("submit: rings through handles") {
   CHECK(b.block_on([&] { return *a.block_on([] { return 2; }); }) == 2);
 }
 
-TEST_CASE("submit: ten thousand at once") {
+TEST_CASE("submit: ten thousand at once", "[slow]") {
   RuntimeBridge bridge;
   std::vector<JoinHandle<int>> handles;
   handles.reserve(10'000);
@@ -265,7 +265,7 @@ TEST_CASE("submit: ten thousand at once") {
 }
 
 // Race: a handle is destroyed, or asked to stop, while its task completes.
-TEST_CASE("submit: destruction of a handle races with completion") {
+TEST_CASE("submit: destruction of a handle races with completion", "[race]") {
   RuntimeBridge bridge;
   const auto alive = std::make_shared<int>(0);
   for (int round = 0; round < 5'000; ++round) {

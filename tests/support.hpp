@@ -1,6 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What several test files share. Catch2's assertions are for the main thread only: other threads collect.
+//
+// Tags say what a test needs, so that a run can leave it out: `hop_test "~[race]~[slow]"`, or for all that ctest runs
+// `cmake -DRUNTIME_BRIDGE_TEST_SPEC="~[race]~[slow]"`.
+//
+//   [race]        Threads must run at the same time. Too slow, or pointless, under valgrind, which runs one at a time.
+//   [child]       Forks a child process.
+//   [timing]      Asserts that something is quick, or measures CPU time.
+//   [slow]        Takes seconds, or would under valgrind.
+//   [limit]       Sets a limit of address space.
+//   [signal_set]  A task waits for a signal_set when its bridge stops. With io_uring, Asio before 1.38 then frees
+//                 something twice.
+//   [socket]      The same for a socket.
 
 #ifndef RUNTIME_BRIDGE_TESTS_SUPPORT_HPP
 #define RUNTIME_BRIDGE_TESTS_SUPPORT_HPP

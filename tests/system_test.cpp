@@ -78,7 +78,7 @@ struct AtExit {
 // ---------------------------------------------------------------------------------------------------------------------
 // No thread, no descriptor
 
-TEST_CASE("system: a worker starts once threads are available again") {
+TEST_CASE("system: a worker starts once threads are available again", "[child][limit]") {
   CHECK(in_child_process([] {
           const auto none = std::errc::resource_unavailable_try_again;
           const auto descriptors = descriptors_of_this_process();
@@ -118,7 +118,7 @@ constexpr int too_few = 1;  // descriptors and one more: it cannot have worked w
 constexpr int too_few = 2;  // nor with one
 #endif
 
-TEST_CASE("system: too few descriptors for a worker") {
+TEST_CASE("system: too few descriptors for a worker", "[child]") {
   CHECK(in_child_process([] {
           const auto none = std::errc::too_many_files_open;
           const auto descriptors = descriptors_of_this_process();
@@ -141,7 +141,7 @@ TEST_CASE("system: too few descriptors for a worker") {
         }) == 0);
 }
 
-TEST_CASE("system: no descriptor is left while a bridge is used") {
+TEST_CASE("system: no descriptor is left while a bridge is used", "[child]") {
   CHECK(in_child_process([] {
           const RuntimeBridge bridge;
           const RuntimeBridge other;
@@ -192,7 +192,7 @@ void storm(const std::stop_token& stop) {
 
 }  // namespace
 
-TEST_CASE("system: signals do not end a wait early") {
+TEST_CASE("system: signals do not end a wait early", "[timing]") {
   struct sigaction action {};
   action.sa_handler = count_signal;  // and no SA_RESTART
   sigaction(SIGUSR1, &action, nullptr);
@@ -259,7 +259,7 @@ TEST_CASE("system: the worker blocks the program's signals") {
 }
 
 // poco#2978: a bridge made before main blocks the signals that it waits for.
-TEST_CASE("system: a signal reaches the thread that waits for it") {
+TEST_CASE("system: a signal reaches the thread that waits for it", "[child]") {
   CHECK(in_child_process([] {
           const RuntimeBridge bridge;
           sigset_t set;
@@ -290,7 +290,7 @@ int use_inherited(std::unique_ptr<RuntimeBridge>& bridge) {
 
 }  // namespace
 
-TEST_CASE("system: fork while threads wait") {
+TEST_CASE("system: fork while threads wait", "[child]") {
   std::array<std::unique_ptr<RuntimeBridge>, 3> bridges;
   std::array<JoinHandle<void>, 3> parked;
   std::atomic<int> cancelled{0};
@@ -329,7 +329,7 @@ TEST_CASE("system: fork while threads wait") {
 }
 
 #ifndef SANITIZED  // whose runtimes do not survive a fork of a busy process
-TEST_CASE("system: hundreds of forks while threads call, submit, stop, shut down and destroy") {
+TEST_CASE("system: hundreds of forks while threads call, submit, stop, shut down and destroy", "[child][race][slow]") {
   auto first = std::make_unique<RuntimeBridge>();
   auto second = std::make_unique<RuntimeBridge>();
   const RuntimeBridge third;
@@ -424,7 +424,7 @@ void begin_calls(const RuntimeBridge& bridge, std::size_t number, std::atomic<in
 
 }  // namespace
 
-TEST_CASE("system: exit with calls in flight") {
+TEST_CASE("system: exit with calls in flight", "[child]") {
   enum class Leave { main, thread, task };
   for (const Leave leave : {Leave::main, Leave::thread, Leave::task}) {
     for (const bool destroyed : {true, false}) {
@@ -455,7 +455,7 @@ TEST_CASE("system: exit with calls in flight") {
   }
 }
 
-TEST_CASE("system: a static bridge serves the destructors of other statics") {
+TEST_CASE("system: a static bridge serves the destructors of other statics", "[child]") {
   CHECK(in_child_process([]() -> int {
           static int served = 0;
           static const AtExit judge{[] {
@@ -492,7 +492,7 @@ TEST_CASE("system: thread_local bridges of threads and of another bridge's worke
   await_workers(0);
 }
 
-TEST_CASE("system: a thread_local bridge that outlives those of main") {
+TEST_CASE("system: a thread_local bridge that outlives those of main", "[child]") {
   CHECK(in_child_process([]() -> int {
           static std::atomic<bool> main_is_over{false};
           static std::atomic<int> served{0};
@@ -517,7 +517,7 @@ TEST_CASE("system: a thread_local bridge that outlives those of main") {
         }) == 7);
 }
 
-TEST_CASE("system: a worker's thread_local outlives its bridge") {
+TEST_CASE("system: a worker's thread_local outlives its bridge", "[child]") {
   static std::atomic<bool> dies{false};
   static std::atomic<bool> is_alone{false};
   static std::atomic<int> served{0};
@@ -539,7 +539,7 @@ TEST_CASE("system: a worker's thread_local outlives its bridge") {
         }) == 0);
 }
 
-TEST_CASE("system: a worker's thread_locals destroy its bridge and make calls") {
+TEST_CASE("system: a worker's thread_locals destroy its bridge and make calls", "[child]") {
   for (const bool by_another : {false, true}) {
     CHECK(in_child_process([=] {
             static std::atomic<int> served{0};
@@ -633,12 +633,12 @@ int load_and_close(const char* path, bool may_stay) {
 
 }  // namespace
 
-TEST_CASE("system: a library with bridges is loaded and closed") {
+TEST_CASE("system: a library with bridges is loaded and closed", "[child]") {
   CHECK(in_child_process([]() -> int { std::exit(load_and_close(PLUGIN, true)); }) == 0);
   CHECK(in_child_process([]() -> int { std::exit(load_and_close(PLUGIN_HIDDEN, false)); }) == 0);
 }
 
-TEST_CASE("system: libraries with bridges are loaded and closed concurrently") {
+TEST_CASE("system: libraries with bridges are loaded and closed concurrently", "[child][race]") {
   CHECK(in_child_process([]() -> int {
           const RuntimeBridge own;
           std::atomic<int> wrong{0};

@@ -53,7 +53,7 @@ TEST_CASE("use_future: hangs when it is called from a task on the worker") {
 }
 
 #ifndef SANITIZED
-TEST_CASE("use_future: hangs in a forked child") {
+TEST_CASE("use_future: hangs in a forked child", "[child]") {
   Naive naive;
   CHECK(in_child_process([&] {
           alarm(2);  // the post itself may hang as well, on a lock that was held during the fork
@@ -62,7 +62,7 @@ TEST_CASE("use_future: hangs in a forked child") {
         }) != 1);
 }
 
-TEST_CASE("use_future: one stray exception in any handler ends the program") {
+TEST_CASE("use_future: one stray exception in any handler ends the program", "[child]") {
   CHECK(in_child_process([] {
           std::set_terminate([] { _exit(66); });
           Naive naive;

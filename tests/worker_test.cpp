@@ -24,7 +24,7 @@ std::string name_of_this_thread() {
 
 }  // namespace
 
-TEST_CASE("worker: a call that has returned is not in flight") {
+TEST_CASE("worker: a call that has returned is not in flight", "[race]") {
   const RuntimeBridge bridge;
   for (int i = 0; i < 20'000; ++i) {
     unwrap(bridge.block_on([] {}));
@@ -135,7 +135,7 @@ TEST_CASE("start: without descriptors the constructor fails") {
   CHECK(RuntimeBridge::create()->block_on([] { return 1; }) == 1);
 }
 
-TEST_CASE("start: without a thread the constructor fails") {
+TEST_CASE("start: without a thread the constructor fails", "[child][limit]") {
   // In a process of its own: Catch2 may need memory while the limit stands.
   CHECK(in_child_process([] {
           RuntimeBridge late(lazy());
@@ -194,7 +194,7 @@ TEST_CASE("start: a lazy start that fails is WorkerDead with the cause, and the 
   CHECK(bridge.block_on([] { return 2; }) == 2);
 }
 
-TEST_CASE("start: 64 concurrent first calls start one thread") {
+TEST_CASE("start: 64 concurrent first calls start one thread", "[race]") {
   for (int round = 0; round < 20; ++round) {
     RuntimeBridge bridge(lazy());
     std::latch go(64);
@@ -222,7 +222,7 @@ TEST_CASE("start: a lazy bridge that could not start may be destroyed") {
 }
 
 // Race: the first call starts the worker while somebody stops its context, or shuts the bridge down.
-TEST_CASE("start: the first call races with context().stop() and shutdown") {
+TEST_CASE("start: the first call races with context().stop() and shutdown", "[race]") {
   for (int round = 0; round < 1'000; ++round) {
     RuntimeBridge bridge(lazy());
     std::latch go(2);
