@@ -413,7 +413,7 @@ void every_kind_of_task(Scene& scene, Start start) {
 
 }  // namespace
 
-TEST_CASE("allocation: without memory for a bridge its constructor throws, and there is none") {
+TEST_CASE("allocation: a bridge whose constructor runs out of memory throws and leaves nothing behind") {
   SECTION("eager") {
     sweep(5, [](Scene& scene) {
       std::optional<RuntimeBridge> bridge;
@@ -459,7 +459,7 @@ TEST_CASE("allocation: without memory for a bridge its constructor throws, and t
   }
 }
 
-TEST_CASE("allocation: without memory for a call it never was, and without memory for its task it is ResponseLost") {
+TEST_CASE("allocation: a call without memory throws std::bad_alloc, and a task without memory is ResponseLost") {
   SECTION("on the worker's own executor") {
     sweep(16, [](Scene& scene) { every_kind_of_task<Plain>(scene, Start::eager); });
   }
@@ -472,7 +472,7 @@ TEST_CASE("allocation: without memory for a call it never was, and without memor
   }
 }
 
-TEST_CASE("allocation: cancelling takes none") {
+TEST_CASE("allocation: cancelling allocates nothing") {
   sweep(13, [](Scene& scene) {
     std::optional<RuntimeBridge> bridge;
     std::optional<std::stop_source> stop;
@@ -504,7 +504,7 @@ TEST_CASE("allocation: cancelling takes none") {
   });
 }
 
-TEST_CASE("allocation: submitting") {
+TEST_CASE("allocation: submit") {
   sweep(20, [](Scene& scene) {
     std::optional<RuntimeBridge> bridge;
     if (!scene.attempt([&] { bridge.emplace(options(Start::lazy)); })) return;
@@ -542,7 +542,7 @@ TEST_CASE("allocation: submitting") {
   });
 }
 
-TEST_CASE("allocation: calls of workers, and the rings that they would close") {
+TEST_CASE("allocation: calls from workers, and rings of bridges") {
   sweep(20, [](Scene& scene) {
     std::optional<RuntimeBridge> first;
     std::optional<RuntimeBridge> second;
@@ -589,7 +589,7 @@ TEST_CASE("allocation: calls of workers, and the rings that they would close") {
   });
 }
 
-TEST_CASE("allocation: shutting down takes none") {
+TEST_CASE("allocation: shutting down allocates nothing") {
   const auto scenario = [](Scene& scene, Shutdown how, bool parks) {
     std::optional<RuntimeBridge> bridge;
     if (!scene.attempt([&] { bridge.emplace(options()); })) return;
@@ -627,7 +627,7 @@ TEST_CASE("allocation: shutting down takes none") {
   }
 }
 
-TEST_CASE("allocation: destroying the bridge under calls takes none") {
+TEST_CASE("allocation: destroying a bridge with calls in flight allocates nothing") {
   const auto scenario = [](Scene& scene) {
     std::optional<RuntimeBridge> bridge;
     std::optional<Result<int>> blocked;
@@ -667,7 +667,7 @@ TEST_CASE("allocation: a bridge that is destroyed by its own task") {
   });
 }
 
-TEST_CASE("allocation: many callers, of which each gets its answer") {
+TEST_CASE("allocation: each of many concurrent callers gets its answer", "[race]") {
   sweep(50, [](Scene& scene) {
     std::optional<RuntimeBridge> bridge;
     std::array<std::thread, 3> callers;

@@ -2,10 +2,7 @@
 //
 // Deadlines: block_on_for and block_on_until.
 
-#include <pthread.h>
-
 #include <atomic>
-#include <csignal>
 #include <limits>
 #include <stdexcept>
 
@@ -16,49 +13,43 @@ namespace {
 using std::chrono::steady_clock;
 using std::chrono::system_clock;
 
-awaitable<int> seven() {
-  co_await asio::post(use_awaitable);
-  co_return 7;
-}
-
-/// Parks, and answers a cancellation with a value.
-awaitable<int> value_in_spite_of_all(bool& cancelled) {
+/// Parks until it is cancelled, and notes that.
+awaitable<void> park_until_cancelled(bool& was_cancelled) {
   try {
     co_await park();
   } catch (const std::system_error&) {
-    cancelled = true;
+    was_cancelled = true;
   }
+}
+
+awaitable<int> value_although_cancelled(bool& was_cancelled) {
+  co_await park_until_cancelled(was_cancelled);
   co_return 9;
 }
 
-awaitable<int> own_failure_when_cancelled(bool& cancelled) {
-  try {
-    co_await park();
-  } catch (const std::system_error&) {
-    cancelled = true;
-  }
-  if (cancelled) throw std::runtime_error("rolled back");
+awaitable<int> own_failure_when_cancelled(bool& was_cancelled) {
+  co_await park_until_cancelled(was_cancelled);
+  if (was_cancelled) throw std::runtime_error("rolled back");
   co_return 0;
 }
 
-/// A clock that its test sets.
-struct SettableClock {
-  using duration = std::chrono::milliseconds;
-  using rep = duration::rep;
-  using period = duration::period;
-  using time_point = std::chrono::time_point<SettableClock>;
+template <class Self, class Duration>
+struct TestClock {
+  using duration = Duration;
+  using rep = typename duration::rep;
+  using period = typename duration::period;
+  using time_point = std::chrono::time_point<Self, duration>;
   static constexpr bool is_steady = false;
+};
+
+/// A clock that its test sets.
+struct SettableClock : TestClock<SettableClock, std::chrono::milliseconds> {
   static inline std::atomic<rep> milliseconds{0};
   static time_point now() { return time_point(duration(milliseconds.load())); }
 };
 
-/// A clock that fails when it is looked at for the n-th time.
-struct BrokenClock {
-  using duration = std::chrono::nanoseconds;
-  using rep = duration::rep;
-  using period = duration::period;
-  using time_point = std::chrono::time_point<BrokenClock>;
-  static constexpr bool is_steady = false;
+/// A clock that fails when it is read for the n-th time.
+struct BrokenClock : TestClock<BrokenClock, std::chrono::nanoseconds> {
   static inline std::atomic<int> looks_left{0};
   static time_point now() {
     if (--looks_left <= 0) throw std::runtime_error("no clock");
@@ -86,14 +77,10 @@ TEST_CASE("deadline: a task that ends in time") {
   }
 }
 
-TEST_CASE("deadline: the task is cancelled and waited for, and what it threw is the cause") {
+TEST_CASE("deadline: the task is cancelled and waited for, and its exception is the cause") {
   RuntimeBridge bridge;
   bool started = false;
   bool gone = false;
-  struct SetsFlag {
-    bool& flag;
-    ~SetsFlag() { flag = true; }
-  };
   const auto task = [&]() -> awaitable<void> {
     started = true;
     const SetsFlag local{gone};
@@ -110,7 +97,6 @@ TEST_CASE("deadline: the task is cancelled and waited for, and what it threw is 
   REQUIRE_FALSE(result.has_value());
   CHECK(result.error() == BridgeError::TimedOut);
   CHECK(code_of(result.error().cause()) == asio::error::operation_aborted);
-  CHECK(result.error().message().find("runtime_bridge: the deadline passed and the task was cancelled: ") == 0);
   CHECK(bridge.in_flight() == 0);
   CHECK(bridge.block_on(seven()) == 7);
 
@@ -124,11 +110,11 @@ TEST_CASE("deadline: the task is cancelled and waited for, and what it threw is 
   CHECK(what(own.error().cause()) == "rolled back");
 }
 
-TEST_CASE("deadline: a task that ends with a value although it was cancelled") {
+TEST_CASE("deadline: a task that is cancelled and returns a value keeps it") {
   RuntimeBridge bridge;
   bool cancelled = false;
   const auto call = [&](std::chrono::milliseconds timeout) {
-    return bridge.block_on_for(value_in_spite_of_all(cancelled), timeout);
+    return bridge.block_on_for(value_although_cancelled(cancelled), timeout);
   };
   CHECK(with_time_enough(call, cancelled) == 9);
 }
@@ -142,7 +128,7 @@ TEST_CASE("deadline: a task that ignores cancellation is waited for") {
   const auto stubborn = [&]() -> awaitable<int> {
     co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
     ignores = true;
-    while (!may_end) co_await asio::post(use_awaitable);
+    co_await run_until(may_end);
     co_return 5;
   };
   SettableClock::milliseconds = 0;
@@ -159,7 +145,7 @@ TEST_CASE("deadline: a task that ignores cancellation is waited for") {
   CHECK(result == 5);
 }
 
-TEST_CASE("deadline: one that has passed does not start the task") {
+TEST_CASE("deadline: a deadline that has already passed does not start the task") {
   RuntimeBridge bridge;
   bool ran = false;
   const auto task = [&ran] { ran = true; };
@@ -167,7 +153,6 @@ TEST_CASE("deadline: one that has passed does not start the task") {
     REQUIRE_FALSE(result.has_value());
     CHECK(result.error() == BridgeError::TimedOut);
     CHECK_FALSE(result.error().cause());
-    CHECK(result.error().message() == "runtime_bridge: the deadline had passed before the call");
   };
   check(bridge.block_on_for(task, 0s));
   check(bridge.block_on_for(task, -1ns));
@@ -182,7 +167,7 @@ TEST_CASE("deadline: one that has passed does not start the task") {
   CHECK(bridge.in_flight() == 0);
 }
 
-TEST_CASE("deadline: one that is further off than any clock can tell is none") {
+TEST_CASE("deadline: one beyond the range of the clock means none") {
   RuntimeBridge bridge;
   CHECK(bridge.block_on_for(seven(), std::chrono::hours::max()) == 7);
   CHECK(bridge.block_on_for(seven(), std::chrono::nanoseconds::max()) == 7);
@@ -194,43 +179,20 @@ TEST_CASE("deadline: one that is further off than any clock can tell is none") {
   CHECK(bridge.block_on_until(seven(), std::chrono::time_point<system_clock, std::chrono::hours>::max() - 1h) == 7);
 }
 
-TEST_CASE("deadline: a clock that is set") {
+TEST_CASE("deadline: a clock that is set forward") {
   RuntimeBridge bridge;
   SettableClock::milliseconds = 0;
-  std::string result;
+  Outcome result;
   std::jthread caller([&] { result = outcome(bridge.block_on_until(park(), SettableClock::time_point(1h))); });
   await_calls(bridge, 1);
   SettableClock::milliseconds = std::chrono::milliseconds(2h).count();
   caller.join();
-  CHECK(result.find("the deadline passed") == 0);
-}
-
-TEST_CASE("deadline: signals do not end a wait early") {
-  struct sigaction ignore {};
-  struct sigaction before {};
-  ignore.sa_handler = [](int) {};  // and no SA_RESTART: system calls are interrupted
-  sigaction(SIGUSR1, &ignore, &before);
-  RuntimeBridge bridge;
-  std::atomic<bool> done{false};
-  Result<void> result;
-  const auto start = steady_clock::now();
-  std::thread caller([&] {
-    result = bridge.block_on_for(park(), 50ms);
-    done = true;
-  });
-  while (!done) {
-    pthread_kill(caller.native_handle(), SIGUSR1);
-    std::this_thread::yield();
-  }
-  caller.join();
-  sigaction(SIGUSR1, &before, nullptr);
-  CHECK(steady_clock::now() - start >= 50ms);
-  REQUIRE_FALSE(result.has_value());
-  CHECK(result.error() == BridgeError::TimedOut);
+  CHECK(result == BridgeError::TimedOut);
+  CHECK(result.cause);
 }
 
 // Race: the deadline passes while the task completes.
-TEST_CASE("deadline: against completion") {
+TEST_CASE("deadline: races with completion", "[race]") {
   RuntimeBridge bridge;
   int values = 0;
   int timeouts = 0;
@@ -251,24 +213,19 @@ TEST_CASE("deadline: against completion") {
   CHECK(bridge.in_flight() == 0);
 }
 
-TEST_CASE("deadline: what the clock throws leaves when the task is gone") {
+TEST_CASE("deadline: an exception of the clock leaves after the task is gone") {
   const RuntimeBridge bridge;
   for (int n = 1; n <= 3; ++n) {
     bool started = false;
-    bool alive = false;
+    bool gone = false;
     const auto task = [&]() -> awaitable<void> {
-      struct Local {
-        explicit Local(bool& b) : flag(b) { flag = true; }
-        ~Local() { flag = false; }
-        bool& flag;
-      };
       started = true;
-      const Local local(alive);
+      const SetsFlag local{gone};
       co_await park();
     };
     BrokenClock::looks_left = n;
     CHECK_THROWS_WITH(bridge.block_on_until(task, BrokenClock::time_point(10s)), "no clock");
-    CHECK_FALSE(alive);
+    CHECK(gone == started);
     CHECK(bridge.in_flight() == 0);
     if (n == 1) CHECK_FALSE(started);  // the first look is before the call
   }

@@ -27,30 +27,25 @@ extern "C" int pthread_atfork(void (*prepare)(), void (*parent)(), void (*child)
 }
 #endif
 
-TEST_CASE("fork: every call in the child is WorkerDead, and destroying the bridge does nothing") {
+TEST_CASE("fork: every call in the child is WorkerDead, and destroying the bridge does nothing", "[child]") {
   auto bridge = std::make_unique<RuntimeBridge>();
   CHECK(bridge->block_on([] { return 1; }) == 1);
   CHECK(in_child_process([&] {
-          const auto result = bridge->block_on([] { return 2; });
-          if (result.has_value() || result.error() != BridgeError::WorkerDead) return 1;
-          if (result.error().message() != "runtime_bridge: the worker lives in the parent process") return 2;
-          if (bridge->in_flight() != 0) return 3;
+          if (outcome(bridge->block_on([] { return 2; })) != worker_dead) return 1;
+          if (bridge->in_flight() != 0) return 2;
           bridge.reset();
           return 0;
         }) == 0);
   CHECK(bridge->block_on([] { return 3; }) == 3);
 }
 
-TEST_CASE("fork: a lazy bridge that was not started belongs to its maker too") {
+TEST_CASE("fork: a lazy bridge that was not started belongs to the parent, too", "[child]") {
   RuntimeBridge bridge(lazy());
-  CHECK(in_child_process([&] {
-          const auto result = bridge.block_on([] { return 2; });
-          return !result.has_value() && result.error() == BridgeError::WorkerDead ? 0 : 1;
-        }) == 0);
+  CHECK(in_child_process([&] { return outcome(bridge.block_on([] { return 2; })) == worker_dead ? 0 : 1; }) == 0);
   CHECK(bridge.block_on([] { return 3; }) == 3);
 }
 
-TEST_CASE("fork: of a task on the worker") {
+TEST_CASE("fork: from a task on the worker", "[child]") {
   auto bridge = std::make_unique<RuntimeBridge>();
   const auto code = bridge->block_on([&] {
     return in_child_process([&] {
@@ -64,7 +59,7 @@ TEST_CASE("fork: of a task on the worker") {
   CHECK(bridge->block_on([] { return RuntimeBridge().block_on([] { return 3; }).value_or(0); }) == 3);
 }
 
-TEST_CASE("fork: a handle in the child waits for nothing") {
+TEST_CASE("fork: a handle does not wait in the child", "[child]") {
   RuntimeBridge bridge;
   auto parked = bridge.submit(park());
   await_calls(bridge, 1);
@@ -76,7 +71,7 @@ TEST_CASE("fork: a handle in the child waits for nothing") {
   CHECK_FALSE(parked.done());
 }
 
-TEST_CASE("fork: the child of a child") {
+TEST_CASE("fork: the child of a child", "[child]") {
   RuntimeBridge bridge;
   CHECK(in_child_process([&] {
           return in_child_process([&] { return bridge.block_on([] {}).error() == BridgeError::WorkerDead ? 0 : 1; });
@@ -85,7 +80,7 @@ TEST_CASE("fork: the child of a child") {
 
 #ifndef _LIBCPP_VERSION  // with which it finds what the lost thread itself had
 // AddressSanitizer looks for leaks then.
-TEST_CASE("fork: the child may leave by exit") {
+TEST_CASE("fork: the child may call exit", "[child]") {
   auto first = std::make_unique<RuntimeBridge>();
   auto second = std::make_unique<RuntimeBridge>(lazy());
   CHECK(first->block_on([] { return 1; }) == 1);
@@ -99,14 +94,14 @@ TEST_CASE("fork: the child may leave by exit") {
 
 #ifdef __GLIBC__
 // Another thread that was just about to do something for the first time would never be through with it in the child.
-TEST_CASE("fork: nothing is left for the first bridge to do") {
+TEST_CASE("fork: the fork handlers are registered before main") {
   CHECK(RuntimeBridge().block_on([] { return 1; }) == 1);
   CHECK(fork_handlers == fork_handlers_before_main);
 }
 #endif
 
 #ifndef SANITIZED  // whose runtimes do not survive a fork of a busy process, and take that worker for leaked
-TEST_CASE("fork: a worker that has ended by itself, and was not joined") {
+TEST_CASE("fork: a worker that ended by itself and was not joined", "[child]") {
   auto bridge = std::make_unique<RuntimeBridge>();
   unwrap(bridge->block_on([&] { bridge->shutdown(Shutdown::drain); }));
   await_workers(0);
@@ -116,7 +111,7 @@ TEST_CASE("fork: a worker that has ended by itself, and was not joined") {
         }) == 0);
 }
 
-TEST_CASE("fork: the child may make bridges of its own") {
+TEST_CASE("fork: the child may make bridges of its own", "[child]") {
   RuntimeBridge bridge;
   CHECK(in_child_process([&] {
           RuntimeBridge a, b;

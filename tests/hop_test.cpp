@@ -15,30 +15,15 @@ namespace {
 
 using Plain = asio::io_context::executor_type;
 
-/// Notes the thread that destroys it.
-struct Noted {
-  explicit Noted(std::thread::id& id) : where(&id) {}
-  Noted(Noted&& other) noexcept : where(std::exchange(other.where, nullptr)) {}
-  Noted& operator=(Noted&&) = delete;
-  ~Noted() {
-    if (where) *where = std::this_thread::get_id();
-  }
-  std::thread::id* where;
-};
-
-std::thread::id worker_of(const RuntimeBridge& bridge) {
-  return *bridge.block_on([] { return std::this_thread::get_id(); });
-}
-
 template <class Executor>
-awaitable<int, Executor> ends_on(asio::any_io_executor other, std::thread::id& went_on, Noted) {
+awaitable<int, Executor> ends_on(asio::any_io_executor other, std::thread::id& went_on, NotesItsEnd) {
   co_await asio::post(asio::bind_executor(other, asio::use_awaitable_t<Executor>()));
   went_on = std::this_thread::get_id();
   co_return 4;
 }
 
 template <class Executor>
-awaitable<void, Executor> throws_on(asio::any_io_executor other, Noted) {
+awaitable<void, Executor> throws_on(asio::any_io_executor other, NotesItsEnd) {
   co_await asio::dispatch(asio::bind_executor(other, asio::use_awaitable_t<Executor>()));
   throw std::out_of_range("elsewhere");
 }
@@ -51,12 +36,12 @@ TEMPLATE_TEST_CASE("hop: a task that ends on a pool is brought back before its f
   const RuntimeBridge bridge;
   const auto worker = worker_of(bridge);
   std::thread::id went_on, destroyed, destroyed_by_throwing;
-  CHECK(bridge.block_on([&] { return ends_on<TestType>(pool.get_executor(), went_on, Noted(destroyed)); }) == 4);
+  CHECK(bridge.block_on([&] { return ends_on<TestType>(pool.get_executor(), went_on, NotesItsEnd(destroyed)); }) == 4);
   CHECK(went_on != worker);
   CHECK(destroyed == worker);
   const auto failed =
-      bridge.block_on([&] { return throws_on<TestType>(pool.get_executor(), Noted(destroyed_by_throwing)); });
-  CHECK(outcome(failed) == response_lost + ": elsewhere");
+      bridge.block_on([&] { return throws_on<TestType>(pool.get_executor(), NotesItsEnd(destroyed_by_throwing)); });
+  CHECK(outcome(failed) == threw("elsewhere"));
   CHECK(destroyed_by_throwing == worker);
   CHECK(bridge.in_flight() == 0);
 }
@@ -66,30 +51,31 @@ TEST_CASE("hop: the callable of a submitted task that ends on a pool is destroye
   const RuntimeBridge bridge;
   const auto worker = worker_of(bridge);
   std::thread::id went_on, destroyed, captured;
-  auto task = bridge.submit([&, noted = Noted(captured)] {
-    return ends_on<asio::any_io_executor>(pool.get_executor(), went_on, Noted(destroyed));
+  auto task = bridge.submit([&, note = NotesItsEnd(captured)] {
+    return ends_on<asio::any_io_executor>(pool.get_executor(), went_on, NotesItsEnd(destroyed));
   });
   CHECK(task.join() == 4);
   CHECK(destroyed == worker);
   CHECK(captured == worker);
 }
 
-TEST_CASE("hop: a task that ends on the worker of another bridge, or on a strand of its own") {
+TEST_CASE("hop: a task that ends on the worker of another bridge, or on a strand of its own worker") {
   const RuntimeBridge bridge, other;
   const auto worker = worker_of(bridge);
   std::thread::id went_on, destroyed;
-  CHECK(bridge.block_on(
-            [&] { return ends_on<asio::any_io_executor>(other.get_executor(), went_on, Noted(destroyed)); }) == 4);
+  CHECK(bridge.block_on([&] {
+    return ends_on<asio::any_io_executor>(other.get_executor(), went_on, NotesItsEnd(destroyed));
+  }) == 4);
   CHECK(went_on == worker_of(other));
   CHECK(destroyed == worker);
   CHECK(bridge.block_on([&] {
-    return ends_on<asio::any_io_executor>(asio::make_strand(bridge.get_executor()), went_on, Noted(destroyed));
+    return ends_on<asio::any_io_executor>(asio::make_strand(bridge.get_executor()), went_on, NotesItsEnd(destroyed));
   }) == 4);
   CHECK(went_on == worker);
   CHECK(destroyed == worker);
 }
 
-TEST_CASE("hop: nothing of a task is touched on the worker after its caller has gone on") {
+TEST_CASE("hop: the worker touches nothing of a task after its caller returned") {
   asio::thread_pool pool(2);
   const RuntimeBridge bridge;
   for (int i = 0; i < 500; ++i) {
@@ -104,7 +90,7 @@ TEST_CASE("hop: nothing of a task is touched on the worker after its caller has 
 }
 
 // Race: a cancellation looks for a task that is ending on a pool. TSan.
-TEST_CASE("hop: a deadline against a task that ends on a pool") {
+TEST_CASE("hop: a deadline races with a task that ends on a pool", "[race]") {
   asio::thread_pool pool(2);
   const RuntimeBridge bridge;
   std::atomic<int> wrong{0};
@@ -128,7 +114,7 @@ TEST_CASE("hop: a deadline against a task that ends on a pool") {
 }
 
 // Race: the thread that brings a task back is still inside asio::post when the bridge dies. ASan, TSan.
-TEST_CASE("hop: a bridge is destroyed as soon as a task has come back") {
+TEST_CASE("hop: a bridge may be destroyed as soon as a task has come back") {
   asio::thread_pool pool(1);
   for (int i = 0; i < 300; ++i) {
     const RuntimeBridge bridge;

@@ -86,8 +86,7 @@ std::string log_of_call(End end, MakeTask make_task) {
 
 }  // namespace
 
-TEST_CASE(
-    "lifetime: locals and parameters are gone before the caller is back, and captures die with the caller's own") {
+TEST_CASE("lifetime: locals and parameters are destroyed before the caller returns, captures with its callable") {
   for (const auto end : {End::value, End::exception, End::stopped}) {
     for (const bool hop : {false, true}) {
       CAPTURE(static_cast<int>(end), hop);
@@ -133,7 +132,7 @@ TEST_CASE("lifetime: a plain callable") {
   CHECK(history == "local; capture by caller; ");
 }
 
-TEST_CASE("lifetime: the task's exception is the only thing that outlives the task") {
+TEST_CASE("lifetime: only the task's exception outlives the task") {
   RuntimeBridge bridge;
   const auto in_exception = std::make_shared<int>(1);
   struct Failure {
@@ -152,7 +151,7 @@ TEST_CASE("lifetime: the task's exception is the only thing that outlives the ta
 
 // Race: the caller returns and its stack frame dies while the worker is still winding up the call. ASan and TSan see
 // whatever of the call the worker touches then.
-TEST_CASE("lifetime: tasks borrow the caller's stack, ten thousand times") {
+TEST_CASE("lifetime: tasks borrow the caller's stack, ten thousand times", "[race]") {
   RuntimeBridge bridge;
   const auto borrow_in_a_frame_that_dies = [&bridge](int round) {
     int local = round;

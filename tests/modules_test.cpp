@@ -114,7 +114,7 @@ int ends_under(const Module& module, bool by_module) {
 
 }  // namespace
 
-TEST_CASE("modules: libraries with hidden symbols") {
+TEST_CASE("modules: libraries with hidden symbols", "[child]") {
   const RuntimeBridge bridge;
   for (const Module& module : {library_a, library_b}) {
     CHECK(uses(bridge, module) == 0);
@@ -128,7 +128,7 @@ TEST_CASE("modules: libraries with hidden symbols") {
   }
 }
 
-TEST_CASE("modules: a ring through bridges of two libraries, which the linker unites") {
+TEST_CASE("modules: a ring through bridges of two libraries whose symbols the linker unites") {
   const RuntimeBridge *a = nullptr, *b = nullptr;
   library_a.make(&a);
   library_b.make(&b);
@@ -138,7 +138,7 @@ TEST_CASE("modules: a ring through bridges of two libraries, which the linker un
   library_b.destroy();
 }
 
-TEST_CASE("modules: a plugin with everything of its own") {
+TEST_CASE("modules: a plugin that shares no symbols with the program", "[child]") {
   const Plugin plugin;
   const RuntimeBridge bridge;
   CHECK(uses(bridge, plugin.functions()) == 0);
@@ -159,7 +159,7 @@ TEST_CASE("modules: a plugin finds rings of the program's bridges") {
   CHECK(ring == deadlock);
 }
 
-TEST_CASE("modules: a plugin shuts a bridge down in a task of its") {
+TEST_CASE("modules: a plugin shuts a bridge down in a task of that bridge") {
   const Plugin plugin;
   const RuntimeBridge bridge;
   CHECK(bridge.block_on([&] { return plugin.functions().shut(&bridge); }) == 0);
@@ -167,7 +167,7 @@ TEST_CASE("modules: a plugin shuts a bridge down in a task of its") {
   CHECK(plugin.functions().call(&bridge) == dead);
 }
 
-TEST_CASE("modules: a program that has forked before it loads the plugin") {
+TEST_CASE("modules: a program that forked before it loads the plugin", "[child]") {
   CHECK(in_child_process([] {
           const Plugin plugin;
           const RuntimeBridge bridge;
@@ -175,7 +175,7 @@ TEST_CASE("modules: a program that has forked before it loads the plugin") {
         }) == 0);
 }
 
-TEST_CASE("modules: a plugin makes the first call on a lazy bridge") {
+TEST_CASE("modules: a plugin makes the first call on a lazy bridge", "[child]") {
   const Plugin plugin;
   const RuntimeBridge bridge(lazy());
   CHECK(plugin.functions().run(&bridge) == 6);
@@ -183,7 +183,7 @@ TEST_CASE("modules: a plugin makes the first call on a lazy bridge") {
 }
 
 // Race: the module and the program call each other's bridges, and look for rings, under locks of their own.
-TEST_CASE("modules: bridges of the program and of a plugin, used from both") {
+TEST_CASE("modules: the program and a plugin call each other's bridges", "[race]") {
   const Plugin plugin;
   const RuntimeBridge bridge;
   const RuntimeBridge* other = nullptr;

@@ -45,8 +45,6 @@ extern "C" void* aligned_alloc(std::size_t alignment, std::size_t size) noexcept
 
 namespace {
 
-awaitable<int> seven() { co_return 7; }
-
 awaitable<int> yield_then_throw(std::string text) {
   co_await asio::post(use_awaitable);
   throw std::runtime_error(text);
@@ -96,17 +94,11 @@ void check_refused(Bridge& bridge, BridgeError::Kind kind) {
 
 }  // namespace
 
-TEST_CASE("outcome: a task that throws is ResponseLost with that exception, and harms nobody else") {
+TEST_CASE("outcome: a task that throws is ResponseLost with that exception, and no other call is affected") {
   RuntimeBridge bridge;
   std::atomic<bool> neighbour_may_end{false};
-  std::string neighbour;
-  std::jthread other([&] {
-    const auto waits = [&]() -> awaitable<int> {
-      while (!neighbour_may_end) co_await asio::post(use_awaitable);
-      co_return 1;
-    };
-    neighbour = outcome(bridge.block_on(waits));
-  });
+  Outcome neighbour;
+  std::jthread other([&] { neighbour = outcome(bridge.block_on(run_until(neighbour_may_end))); });
   await_state([&] { return bridge.in_flight() == 1; });
 
   const auto result = bridge.block_on(yield_then_throw("disk full"));
@@ -114,12 +106,11 @@ TEST_CASE("outcome: a task that throws is ResponseLost with that exception, and 
   CHECK(result.error().kind() == BridgeError::ResponseLost);
   CHECK_THROWS_AS(std::rethrow_exception(result.error().cause()), std::runtime_error);
   CHECK(what(result.error().cause()) == "disk full");
-  CHECK(result.error().message() == "runtime_bridge: the task threw: disk full");
 
   CHECK(bridge.block_on(seven()) == 7);
   neighbour_may_end = true;
   other.join();
-  CHECK(neighbour == "value");
+  CHECK(neighbour == succeeded);
 }
 
 TEST_CASE("outcome: an exception that is not a std::exception") {
@@ -131,7 +122,6 @@ TEST_CASE("outcome: an exception that is not a std::exception") {
   REQUIRE_FALSE(result.has_value());
   CHECK(result.error() == BridgeError::ResponseLost);
   CHECK_THROWS_AS(std::rethrow_exception(result.error().cause()), int);
-  CHECK(result.error().message() == "runtime_bridge: the task threw: an exception that is not a std::exception");
   CHECK(bridge.block_on(seven()) == 7);
 }
 
@@ -168,9 +158,9 @@ TEST_CASE("outcome: an exception of the result's move constructor, wherever it i
   CHECK(failures >= 2);  // at least on the worker and on the caller
 }
 
-TEST_CASE("outcome: the context is stopped under a task") {
+TEST_CASE("outcome: the context is stopped while tasks run") {
   RuntimeBridge bridge;
-  std::vector<std::string> outcomes(3);
+  std::vector<Outcome> outcomes(3);
   std::vector<std::jthread> callers;
   std::latch parked(3);
   for (auto& slot : outcomes) {
@@ -185,28 +175,19 @@ TEST_CASE("outcome: the context is stopped under a task") {
   parked.wait();
   bridge.get_executor().context().stop();
   callers.clear();
-  CHECK(outcomes == std::vector<std::string>(3, response_lost));
+  CHECK(outcomes == std::vector<Outcome>(3, response_lost));
   CHECK(bridge.in_flight() == 0);
   check_refused(bridge, BridgeError::WorkerDead);
 }
 
-TEST_CASE("outcome: a task that is destroyed tells whether that was the end of the worker") {
+TEST_CASE("outcome: a task that is destroyed is ResponseLost, and no other call is affected") {
   RuntimeBridge bridge;
   std::optional<asio::io_context> elsewhere(std::in_place);
   auto handle = bridge.submit([&]() -> awaitable<void> { co_await asio::post(*elsewhere, use_awaitable); });
   await_calls(bridge, 1);
   elsewhere.reset();
-  const Result<void> dropped = handle.join();
-  REQUIRE(outcome(dropped) == response_lost);
-  CHECK(dropped.error().message() == "runtime_bridge: the task was destroyed before its end");
+  CHECK(outcome(handle.join()) == response_lost);
   CHECK(bridge.block_on(seven()) == 7);
-
-  handle = bridge.submit(park());
-  await_calls(bridge, 1);
-  bridge.get_executor().context().stop();
-  const Result<void> stopped = handle.join();
-  REQUIRE(outcome(stopped) == response_lost);
-  CHECK(stopped.error().message() == "runtime_bridge: the worker was stopped under the task");
 }
 
 TEST_CASE("outcome: a bridge that was moved from") {
@@ -218,8 +199,7 @@ TEST_CASE("outcome: a bridge that was moved from") {
 
   bridge = RuntimeBridge();
   CHECK(bridge.block_on(seven()) == 7);
-  CHECK(bridge.block_on([] { return std::this_thread::get_id(); }) !=
-        heir.block_on([] { return std::this_thread::get_id(); }));
+  CHECK(worker_of(bridge) != worker_of(heir));
 }
 
 TEST_CASE("outcome: assigning to a bridge ends the worker it had") {
@@ -233,7 +213,7 @@ TEST_CASE("outcome: assigning to a bridge ends the worker it had") {
   CHECK(bridge.block_on(seven()) == 7);
 }
 
-TEST_CASE("outcome: no memory before the call is admitted is std::bad_alloc, with nothing left behind") {
+TEST_CASE("outcome: no memory before admission is std::bad_alloc, and nothing is left behind") {
   RuntimeBridge bridge;
   for (int n = 1;; ++n) {
     bool ran = false;
@@ -269,7 +249,7 @@ TEST_CASE("outcome: no memory to start a task on the worker is ResponseLost with
   CHECK(bridge.block_on([] { return seven(); }) == 7);
 }
 
-TEST_CASE("outcome: asking for a cancellation needs no memory") {
+TEST_CASE("outcome: requesting a stop needs no memory") {
   RuntimeBridge bridge;
   auto parked = bridge.submit(park());
   auto other = bridge.submit(park());
@@ -284,7 +264,7 @@ TEST_CASE("outcome: asking for a cancellation needs no memory") {
   CHECK(other.join().error() == BridgeError::Cancelled);
 }
 
-TEST_CASE("outcome: without memory a task that ends on another thread tries again to come back") {
+TEST_CASE("outcome: a task that ends on another thread retries its way back if it has no memory") {
   const RuntimeBridge bridge;
   std::thread other;
   std::binary_semaphore suspended(0);

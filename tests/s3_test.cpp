@@ -334,7 +334,7 @@ TEST_CASE("s3: libcurl signs AWS's examples as AWS does") {
   }
 }
 
-TEST_CASE("s3: objects under keys of all kinds are signed as the server wants it") {
+TEST_CASE("s3: requests for keys of all kinds have a valid signature") {
   FakeS3 s3;
   Store store(s3);
   for (const std::string key : {"plain", "a/b//c/", "with space", "a+b=c&d?e#f", "~tilde-_.", "per%cent%20",
@@ -350,7 +350,7 @@ TEST_CASE("s3: objects under keys of all kinds are signed as the server wants it
   }
 }
 
-TEST_CASE("s3: an object is got whole, or streamed with its hash") {
+TEST_CASE("s3: get returns an object whole, or streams it and returns its hash") {
   FakeS3 s3;
   Store store(s3);
   const std::string text(5000, 'x');  // more than the client keeps of an answer that it did not expect
@@ -365,7 +365,7 @@ TEST_CASE("s3: an object is got whole, or streamed with its hash") {
   CHECK(streamed == text);
 }
 
-TEST_CASE("s3: temporary credentials are sent, and signed") {
+TEST_CASE("s3: temporary credentials are sent and signed") {
   FakeS3 s3;
   Store store(s3, "a/token+with=all");
   store.put("key", "text");
@@ -373,7 +373,7 @@ TEST_CASE("s3: temporary credentials are sent, and signed") {
   CHECK(s3.last_objection.empty());
 }
 
-TEST_CASE("s3: list gives all keys of all pages") {
+TEST_CASE("s3: list returns the keys of all pages") {
   FakeS3 s3;
   Store store(s3);
   const std::vector<std::string> keys = {"p/&amp;", "p/1 2", "p/<3>", "p/\"4\"", "p/\r5", "p/6", "p/\xC3\xA4"};
@@ -388,7 +388,7 @@ TEST_CASE("s3: list gives all keys of all pages") {
   CHECK(store.run([&] { return store.bucket.list("none/"); }).empty());
 }
 
-TEST_CASE("s3: the bucket is made where it shall be, once") {
+TEST_CASE("s3: create makes the bucket in its region, once") {
   FakeS3 s3;
   Store store(s3);
   store.run([&] { return store.bucket.create(); });
@@ -398,7 +398,7 @@ TEST_CASE("s3: the bucket is made where it shall be, once") {
   CHECK(s3.targets.size() == 3);
 }
 
-TEST_CASE("s3: the server refuses what is not signed in this way") {
+TEST_CASE("s3: the server refuses requests with another signature") {
   FakeS3 s3;
   Store store(s3);
   curl::Request request =
@@ -423,7 +423,7 @@ TEST_CASE("s3: the server refuses what is not signed in this way") {
   CHECK(store.fetch(s3::request(wrong, "HEAD", "")) == 403);
 }
 
-TEST_CASE("s3: a refusal is an error with a status and the server's words") {
+TEST_CASE("s3: a refusal is an error with the server's status and message") {
   FakeS3 s3;
   Store store(s3);
   try {
@@ -435,7 +435,7 @@ TEST_CASE("s3: a refusal is an error with a status and the server's words") {
   }
 }
 
-TEST_CASE("s3: XML's escapes") {
+TEST_CASE("s3: XML escapes") {
   CHECK(s3::unescape("a&amp;&lt;&gt;&quot;&apos;b") == "a&<>\"'b");
   CHECK(s3::unescape("&#65;&#x42;&#xe4;&#x20AC;&#x1F600;") == "AB\xC3\xA4\xE2\x82\xAC\xF0\x9F\x98\x80");
   CHECK(s3::unescape("& &; &other; &amp") == "& &; &other; &amp");

@@ -13,11 +13,6 @@ namespace {
 
 awaitable<int> add(int a, int b) { co_return a + b; }
 
-awaitable<void> sleep_for(std::chrono::milliseconds time) {
-  asio::steady_timer timer(co_await asio::this_coro::executor, time);
-  co_await timer.async_wait(use_awaitable);
-}
-
 awaitable<void> count_up(std::atomic<int>& counter) {
   ++counter;
   co_return;
@@ -77,7 +72,7 @@ TEST_CASE("seed: dropping the bridge ends the worker") {
   await_workers(0);
 }
 
-TEST_CASE("seed: four callers that each wait 250 ms end in under half of the serial time") {
+TEST_CASE("seed: four callers that each wait 250 ms end in under half of the serial time", "[timing]") {
   constexpr int callers = 4;
   RuntimeBridge bridge;
   std::barrier all(callers);

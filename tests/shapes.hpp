@@ -284,9 +284,9 @@ inline awaitable<void> coro(Ground& ground, Token) {
 struct Shape {
   std::string name;
   awaitable<void> (*make)(Ground&, std::shared_ptr<int>);
-  std::string own_end{};  // what it may come to when it is cancelled, or has come back from the pool
+  std::optional<Outcome> own_end{};  // how it may end when it is cancelled, or has come back from the pool
 
-  bool explains(const std::string& outcome) const { return outcome == response_lost || outcome == own_end; }
+  bool explains(const Outcome& end) const { return end == response_lost || end == own_end; }
 };
 
 inline const std::vector<Shape>& shapes() {
@@ -303,14 +303,14 @@ inline const std::vector<Shape>& shapes() {
         {"catches and retries", shape::catches_and_retries}, {"swallows every exception", shape::swallows_everything},
         {"ignores cancellation", shape::ignores_cancellation}, {"runs in circles", shape::runs_in_circles},
         {"visits a pool and parks", shape::visits_pool_and_parks},
-        {"ends on a pool", shape::hops_to_pool, response_lost + ": on the pool"},
+        {"ends on a pool", shape::hops_to_pool, threw("on the pool")},
         {"awaits a child on a pool", shape::child_on_pool},
 #if ASIO_VERSION >= 103400
         {"awaits a child with cancel_after", shape::cancel_after},
         {"waits for a timer with cancel_at", shape::cancel_at},
 #endif
 #ifndef __clang__
-        {"awaits an experimental::coro", shape::coro, "value"},
+        {"awaits an experimental::coro", shape::coro, succeeded},
 #endif
   };
   return all;

@@ -37,11 +37,6 @@ namespace {
 
 RuntimeBridge spinning_for(std::chrono::microseconds limit) { return RuntimeBridge(Options{.spin_limit = limit}); }
 
-awaitable<void> sleep(std::chrono::milliseconds duration) {
-  asio::steady_timer timer(co_await asio::this_coro::executor, duration);
-  co_await timer.async_wait(use_awaitable);
-}
-
 /// A thread that waits for a task that ends with this.
 class Caller {
  public:
@@ -84,24 +79,24 @@ const bool one_core = std::thread::hardware_concurrency() == 1;
 
 }  // namespace
 
-TEST_CASE("spin: the more often it was in vain, the more rarely it is tried") {
-  Backoff experience;
+TEST_CASE("spin: each failure doubles the skipped attempts, and a success resets them") {
+  Backoff backoff;
   int tries = 0;
   for (int i = 0; i < 1000; ++i) {
-    if (!experience.should_try()) continue;
+    if (!backoff.should_try()) continue;
     ++tries;
-    experience.record(false);
+    backoff.record(false);
   }
   CHECK(tries == 10);  // after 1, 3, 7, ... 255, and then every 256 times
-  while (!experience.should_try()) {
+  while (!backoff.should_try()) {
   }
-  experience.record(true);
-  CHECK(experience.should_try());
-  experience.record(true);
-  CHECK(experience.should_try());
+  backoff.record(true);
+  CHECK(backoff.should_try());
+  backoff.record(true);
+  CHECK(backoff.should_try());
 }
 
-TEST_CASE("spin: a caller spins as long as the limit allows") {
+TEST_CASE("spin: a caller spins as long as the limit allows", "[timing]") {
   if (one_core) return;
   const RuntimeBridge long_one = spinning_for(1h);
   await_spinning(Caller(long_one).watch());
@@ -109,7 +104,7 @@ TEST_CASE("spin: a caller spins as long as the limit allows") {
   await_sleep(Caller(short_one).watch());
 }
 
-TEST_CASE("spin: not at all if the limit is zero or less") {
+TEST_CASE("spin: a limit of zero or less means no spinning", "[timing]") {
   for (const auto limit : {0us, std::chrono::microseconds::min()}) {
     const RuntimeBridge bridge = spinning_for(limit);
     const Caller caller(bridge);
@@ -118,13 +113,13 @@ TEST_CASE("spin: not at all if the limit is zero or less") {
   }
 }
 
-TEST_CASE("spin: with another call in flight a caller soon sleeps") {
+TEST_CASE("spin: with another call in flight a caller soon sleeps", "[timing]") {
   const RuntimeBridge bridge = spinning_for(1h);
   const auto other = bridge.submit(park());
   await_sleep(Caller(bridge).watch());
 }
 
-TEST_CASE("spin: a caller stops when another call comes") {
+TEST_CASE("spin: a caller stops spinning when another call comes", "[timing]") {
   const RuntimeBridge bridge = spinning_for(1h);
   const Caller caller(bridge);
   if (!one_core) await_spinning(caller.watch());
@@ -132,7 +127,7 @@ TEST_CASE("spin: a caller stops when another call comes") {
   await_sleep(caller.watch());
 }
 
-TEST_CASE("spin: with another call in flight a caller yields before it sleeps, up to 64 times") {
+TEST_CASE("spin: with another call in flight a caller yields before it sleeps, up to 64 times", "[timing]") {
   if (one_core) return;
   const RuntimeBridge bridge;
   const auto other = bridge.submit(park());
@@ -163,7 +158,7 @@ void pin(pthread_t thread, unsigned processor) {
   pthread_setaffinity_np(thread, sizeof(set), &set);
 }
 
-TEST_CASE("spin: nobody goes on yielding to threads that compute") {
+TEST_CASE("spin: callers stop yielding if other threads keep every core busy", "[timing]") {
   if (one_core) return;
   std::vector<std::jthread> busy;
   for (unsigned i = 0; i < std::thread::hardware_concurrency(); ++i) {
@@ -192,13 +187,13 @@ TEST_CASE("spin: nobody goes on yielding to threads that compute") {
   CHECK(sooner_or_later([&] { return std::async(std::launch::async, seldom_slow).get(); }));
 }
 
-TEST_CASE("spin: a call that has its answer after many that were slow") {
+TEST_CASE("spin: quick calls work after many slow ones") {
   const RuntimeBridge bridge;
-  for (int i = 0; i < 20; ++i) REQUIRE(bridge.block_on(sleep(1ms)));
+  for (int i = 0; i < 20; ++i) REQUIRE(bridge.block_on(sleep_for(1ms)));
   for (int i = 0; i < 5000; ++i) REQUIRE(bridge.block_on([&] { return i; }) == i);
 }
 
-TEST_CASE("spin: an idle bridge uses no processor") {
+TEST_CASE("spin: an idle bridge uses no CPU time", "[timing]") {
   const RuntimeBridge bridge;
   for (int i = 0; i < 1000; ++i) REQUIRE(bridge.block_on([&] { return i; }) == i);
   std::this_thread::sleep_for(20ms);  // many times the limit
@@ -226,31 +221,32 @@ Watch wake(const RuntimeBridge& bridge) {
 
 }  // namespace
 
-TEST_CASE("spin: a worker that stays awake serves everything else") {
+TEST_CASE("spin: a worker that stays awake serves everything else", "[timing]") {
   const RuntimeBridge bridge = spinning_for(std::chrono::microseconds::max());
   wake(bridge);
   std::promise<void> posted;
   asio::post(bridge.get_executor(), [&] { posted.set_value(); });
   posted.get_future().wait();
-  CHECK(bridge.block_on(sleep(1ms)));
+  CHECK(bridge.block_on(sleep_for(1ms)));
   CHECK(bridge.submit([] { return 7; }).join() == 7);
 }
 
-TEST_CASE("spin: a worker that stays awake sleeps in the end") {
+TEST_CASE("spin: a worker that stays awake sleeps in the end", "[timing]") {
   const RuntimeBridge bridge = spinning_for(100ms);
   await_sleep(wake(bridge));
 }
 
-TEST_CASE("spin: a worker that stays awake does not hold up the end") {
-  auto quickest = std::chrono::steady_clock::duration::max();
-  for (int i = 0; i < 9; ++i) {
+TEST_CASE("spin: a worker that stays awake does not delay the end", "[timing]") {
+  int i = 0;
+  const auto end = [&i] {
     std::optional<RuntimeBridge> bridge(spinning_for(std::chrono::microseconds::max()));
     wake(*bridge);
     const auto begin = std::chrono::steady_clock::now();
     if (i % 3 == 1) CHECK(bridge->shutdown(Shutdown::drain));
     if (i % 3 == 2) CHECK(bridge->shutdown(Shutdown::cancel));
+    ++i;
     bridge.reset();
-    quickest = std::min(quickest, std::chrono::steady_clock::now() - begin);
-  }
-  CHECK(quickest < 200ms);  // which is what foreign threads get, if something is left to do
+    return std::chrono::steady_clock::now() - begin;
+  };
+  CHECK(quickest(end, 9) < 200ms);  // which is what foreign threads get, if something is left to do
 }

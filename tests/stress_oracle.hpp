@@ -248,7 +248,7 @@ struct Plain {
 inline void judge(const Record& r, const Result<Payload>& result, int held) {
   const History& history = *r.history;
   const auto check = [&](bool holds, const char* what) {
-    if (!holds) r.check(false, what + (": " + outcome(result)));
+    if (!holds) r.check(false, what + (": " + to_string(outcome(result))));
   };
   const bool refused = !result.has_value() && result.error() == BridgeError::WouldDeadlock;
   if (refused) check(r.ring_possible, "a ring where none can be");

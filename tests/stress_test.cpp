@@ -22,17 +22,6 @@ extern "C" const char* __tsan_default_suppressions() {
   return "race:std::__exception_ptr::exception_ptr::_M_release\n";
 }
 
-// clang's ThreadSanitizer starts a program for what it then suppresses, and keeps descriptors to it.
-#if defined(__has_feature)
-#if __has_feature(thread_sanitizer)
-constexpr bool counts_descriptors = false;
-#else
-constexpr bool counts_descriptors = true;
-#endif
-#else
-constexpr bool counts_descriptors = true;
-#endif
-
 using namespace stress;
 using runtime_bridge::Shutdown;
 
@@ -175,7 +164,7 @@ class World : public Ground {
     const Result<void> result = enter(record, dice, timer.async_wait(asio::deferred));
     if (!result.has_value()) {
       record.threw = record.started = result.error().cause() ? 1 : 0;
-      return judge(record, runtime_bridge::detail::unexpected<BridgeError>(result.error()), 0);
+      return judge(record, error_result<Payload>(result.error()), 0);
     }
     record.check(record.may_start && Clock::now() >= timer.expiry(), "a timer that has not expired seems to");
   }
@@ -299,7 +288,7 @@ std::int64_t run_seed(std::uint64_t seed) {
 
 }  // namespace
 
-TEST_CASE("stress: random schedules over all operations") {
+TEST_CASE("stress: random schedules over all operations", "[race][slow]") {
   const char* const one = std::getenv("RUNTIME_BRIDGE_SEED");
   const char* const seconds = std::getenv("RUNTIME_BRIDGE_STRESS_SECONDS");
   const auto begin = Clock::now();

@@ -15,20 +15,15 @@ using runtime_bridge::Shutdown;
 
 namespace {
 
-awaitable<int> seven() {
-  co_await asio::post(use_awaitable);
-  co_return 7;
-}
-
 awaitable<std::unique_ptr<int>> boxed(int n) { co_return std::make_unique<int>(n); }
 
 }  // namespace
 
-TEST_CASE("submit: returns at once, and join gives the value") {
+TEST_CASE("submit: returns at once, and join returns the value") {
   RuntimeBridge bridge;
   std::atomic<bool> may_end{false};
   auto handle = bridge.submit([&may_end]() -> awaitable<int> {
-    while (!may_end) co_await asio::post(use_awaitable);
+    co_await run_until(may_end);
     co_return 3;
   });
   CHECK(handle.joinable());
@@ -66,30 +61,27 @@ TEST_CASE("submit: every kind of Task, owned") {
   CHECK(bridge.submit(timer.async_wait(asio::deferred)).join().has_value());
 }
 
-TEST_CASE("submit: what the task owns is destroyed on the worker, before it counts as done") {
+TEST_CASE("submit: what the task owns is destroyed on the worker before the task is done") {
   RuntimeBridge bridge;
-  const auto worker = *bridge.block_on([] { return std::this_thread::get_id(); });
-  struct NotesItsEnd {
-    std::thread::id* where;
-    explicit NotesItsEnd(std::thread::id* w) : where(w) {}
-    NotesItsEnd(NotesItsEnd&& other) noexcept : where(std::exchange(other.where, nullptr)) {}
-    ~NotesItsEnd() {
-      if (where) *where = std::this_thread::get_id();
-    }
-  };
+  const auto worker = worker_of(bridge);
   for (int round = 0; round < 200; ++round) {
     std::thread::id coroutine, plain;
-    auto first = bridge.submit([n = NotesItsEnd(&coroutine)] { return seven(); });
-    auto second = bridge.submit([n = NotesItsEnd(&plain)] {});
+    auto first = bridge.submit([n = NotesItsEnd(coroutine)] { return seven(); });
+    auto second = bridge.submit([n = NotesItsEnd(plain)] {});
     CHECK(first.join() == 7);
     CHECK(second.join().has_value());
     REQUIRE(coroutine == worker);
     REQUIRE(plain == worker);
   }
-  // Race: a second stop looks at the call while it ends. It must not be the one that destroys the task.
+}
+
+// Race: a second stop uses the call while it ends. It must not be the one that destroys the task.
+TEST_CASE("submit: a stop that races with the end of a task does not destroy it elsewhere", "[race]") {
+  const RuntimeBridge bridge;
+  const auto worker = worker_of(bridge);
   for (int round = 0; round < 5'000; ++round) {
     std::thread::id coroutine;
-    auto handle = bridge.submit([n = NotesItsEnd(&coroutine)] { return seven(); });
+    auto handle = bridge.submit([n = NotesItsEnd(coroutine)] { return seven(); });
     handle.request_stop();
     while (!handle.done()) handle.request_stop();
     REQUIRE(coroutine == worker);
@@ -108,7 +100,7 @@ TEST_CASE("submit: a task that throws, and a bridge that is gone") {
   bridge.reset();
 
   // The handles outlive the bridge.
-  CHECK(outcome(failed.join()) == response_lost + ": no");
+  CHECK(outcome(failed.join()) == threw("no"));
   CHECK(outcome(parked.join()) == response_lost);
   CHECK(finished.join() == 7);
   CHECK(refused.done());
@@ -139,7 +131,7 @@ TEST_CASE("submit: a worker that gave up waiting may be gone when the task ends"
   CHECK_FALSE(parked.join().has_value());
 }
 
-TEST_CASE("submit: request_stop cancels, once the task is over it changes nothing") {
+TEST_CASE("submit: request_stop cancels the task, and has no effect once it is over") {
   RuntimeBridge bridge;
   auto parked = bridge.submit(park());
   parked.request_stop();
@@ -150,11 +142,11 @@ TEST_CASE("submit: request_stop cancels, once the task is over it changes nothin
   auto failed = bridge.submit([]() -> int { throw std::runtime_error("before the stop"); });
   CHECK(failed.wait_for(1h));
   failed.request_stop();
-  CHECK(outcome(failed.join()) == response_lost + ": before the stop");
+  CHECK(outcome(failed.join()) == threw("before the stop"));
 }
 
 // Race: one thread joins, another asks for the stop.
-TEST_CASE("submit: a stop against join") {
+TEST_CASE("submit: a stop races with join", "[race]") {
   RuntimeBridge bridge;
   for (int round = 0; round < 1'000; ++round) {
     auto handle = bridge.submit(park());
@@ -165,7 +157,7 @@ TEST_CASE("submit: a stop against join") {
   }
 }
 
-TEST_CASE("submit: a stop before the task was started leaves it unrun") {
+TEST_CASE("submit: a task that is stopped before it was started does not run") {
   RuntimeBridge bridge;
   std::binary_semaphore go_on(0);
   asio::post(bridge.get_executor(), [&] { go_on.acquire(); });
@@ -183,10 +175,6 @@ TEST_CASE("submit: a stop before the task was started leaves it unrun") {
 TEST_CASE("submit: the handle's destructor stops and joins") {
   RuntimeBridge bridge;
   bool gone = false;
-  struct SetsFlag {
-    bool& flag;
-    ~SetsFlag() { flag = true; }
-  };
   const auto task = [&gone]() -> awaitable<void> {
     const SetsFlag local{gone};
     co_await park();
@@ -205,24 +193,9 @@ TEST_CASE("submit: the handle's destructor stops and joins") {
   CHECK(handle.join().has_value());
 }
 
-TEST_CASE("submit: detach leaves the task to itself") {
+TEST_CASE("submit: on the worker everything works except join") {
   RuntimeBridge bridge;
-  const auto alive = std::make_shared<std::atomic<int>>(0);
-  auto handle = bridge.submit([alive]() -> awaitable<void> {
-    while (*alive < 1) co_await asio::post(use_awaitable);
-    *alive = 2;
-  });
-  handle.detach();
-  CHECK_FALSE(handle.joinable());
-  handle.request_stop();  // without effect
-  *alive = 1;
-  await_state([&] { return bridge.in_flight() == 0; });
-  CHECK(*alive == 2);
-}
-
-TEST_CASE("submit: on the worker, all but join") {
-  RuntimeBridge bridge = RuntimeBridge::with_thread_name("own");
-  std::string joined;
+  Outcome joined;
   bool done = true;
   bool waited = true;
   JoinHandle<int> survivor;
@@ -230,31 +203,30 @@ TEST_CASE("submit: on the worker, all but join") {
     auto handle = bridge.submit(seven());
     done = handle.done();
     waited = handle.wait_for(std::chrono::hours::max());
-    auto result = handle.join();
-    joined = result.error().message();
+    joined = outcome(handle.join());
     survivor = std::move(handle);  // not lost by the refused join
 
     const auto dropped = bridge.submit(park());  // its destructor cannot wait either
   }));
   CHECK_FALSE(done);
   CHECK_FALSE(waited);
-  CHECK(joined == "runtime_bridge: the call would wait for itself: own -> own");
+  CHECK(joined == would_deadlock);
   CHECK(survivor.join() == 7);
   await_state([&] { return bridge.in_flight() == 0; });
 
-  std::string of_done;
+  Outcome of_done;
   auto finished = bridge.submit(seven());
   CHECK(finished.wait_for(1h));
   unwrap(bridge.block_on([&] { of_done = outcome(finished.join()); }));
-  CHECK(of_done == "value");
+  CHECK(of_done == succeeded);
 }
 
 TEST_CASE("submit: rings through handles") {
-  RuntimeBridge a = RuntimeBridge::with_thread_name("A"), b = RuntimeBridge::with_thread_name("B");
-  std::string of_b, of_a;
+  RuntimeBridge a, b;
+  Outcome of_b, of_a;
   std::atomic<bool> a_waits{false};
   auto on_b = b.submit([&]() -> awaitable<void> {
-    while (!a_waits) co_await asio::post(use_awaitable);
+    co_await run_until(a_waits);
     // A's worker waits for this very task, through its handle.
     for (;;) {
       of_b = outcome(a.block_on([] {}));
@@ -265,7 +237,7 @@ TEST_CASE("submit: rings through handles") {
     a_waits = true;
     of_a = outcome(on_b.join());
   }));
-  CHECK(of_a == "value");
+  CHECK(of_a == succeeded);
   CHECK(of_b == would_deadlock);
   // A wait that gave up leaves no note.
   unwrap(a.block_on([&] {
@@ -276,7 +248,7 @@ TEST_CASE("submit: rings through handles") {
   CHECK(b.block_on([&] { return *a.block_on([] { return 2; }); }) == 2);
 }
 
-TEST_CASE("submit: ten thousand at once") {
+TEST_CASE("submit: ten thousand at once", "[slow]") {
   RuntimeBridge bridge;
   std::vector<JoinHandle<int>> handles;
   handles.reserve(10'000);
@@ -293,7 +265,7 @@ TEST_CASE("submit: ten thousand at once") {
 }
 
 // Race: a handle is destroyed, or asked to stop, while its task completes.
-TEST_CASE("submit: handle destruction against completion") {
+TEST_CASE("submit: destruction of a handle races with completion", "[race]") {
   RuntimeBridge bridge;
   const auto alive = std::make_shared<int>(0);
   for (int round = 0; round < 5'000; ++round) {
@@ -309,7 +281,7 @@ TEST_CASE("submit: handle destruction against completion") {
 }
 
 // The stress test found this one: the handle's stop was posted, in the memory of a call that had never been sent.
-TEST_CASE("submit: a refused call is over, task and all") {
+TEST_CASE("submit: a refused call is over and its task destroyed") {
   const RuntimeBridge bridge(lazy());  // without a worker, so what is posted stays where it is
   REQUIRE(bridge.shutdown(Shutdown::drain));
   auto owned = std::make_shared<int>(0);
@@ -324,7 +296,7 @@ TEST_CASE("submit: a refused call is over, task and all") {
 }
 
 // Race: other threads ask a handle that is detached. TSan.
-TEST_CASE("submit: detach beside request_stop and done") {
+TEST_CASE("submit: detach runs concurrently with request_stop and done") {
   const RuntimeBridge bridge;
   for (int round = 0; round < 300; ++round) {
     auto handle = bridge.submit([]() -> awaitable<void> { co_await asio::post(use_awaitable); });
@@ -353,10 +325,11 @@ TEST_CASE("submit: a detached task is not stopped by its handle") {
   std::atomic<int> ended{0};
   {
     auto handle = bridge.submit([&]() -> awaitable<void> {
-      while (!may_end) co_await asio::post(use_awaitable);
+      co_await run_until(may_end);
       ++ended;
     });
     handle.detach();
+    CHECK_FALSE(handle.joinable());
     CHECK(handle.done());
     handle.request_stop();
   }

@@ -1,6 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What several test files share. Catch2's assertions are for the main thread only: other threads collect.
+//
+// Tags say what a test needs, so that a run can leave it out: `hop_test "~[race]~[slow]"`, or for all that ctest runs
+// `cmake -DRUNTIME_BRIDGE_TEST_SPEC="~[race]~[slow]"`.
+//
+//   [race]        Threads must run at the same time. Too slow, or pointless, under valgrind, which runs one at a time.
+//   [child]       Forks a child process.
+//   [timing]      Asserts that something is quick, or measures CPU time.
+//   [slow]        Takes seconds, or would under valgrind.
+//   [limit]       Sets a limit of address space.
+//   [signal_set]  A task waits for a signal_set when its bridge stops. With io_uring, Asio before 1.38 then frees
+//                 something twice.
+//   [socket]      The same for a socket.
 
 #ifndef RUNTIME_BRIDGE_TESTS_SUPPORT_HPP
 #define RUNTIME_BRIDGE_TESTS_SUPPORT_HPP
@@ -40,10 +52,11 @@ using experimental::deferred;
 #include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <mutex>
 #include <optional>
+#include <ostream>
 #include <runtime_bridge.hpp>
 #include <semaphore>
+#include <stdexcept>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -56,6 +69,16 @@ using experimental::deferred;
 #if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
 #define SANITIZED 1
 #endif
+#if __has_feature(thread_sanitizer)
+#define SANITIZED_BY_CLANG_TSAN 1
+#endif
+#endif
+
+// clang's ThreadSanitizer starts a program for what it suppresses, and keeps descriptors to it.
+#ifdef SANITIZED_BY_CLANG_TSAN
+constexpr bool counts_descriptors = false;
+#else
+constexpr bool counts_descriptors = true;
 #endif
 
 #ifdef COVERED
@@ -140,6 +163,72 @@ inline awaitable<void> run_in_circles() {
   for (;;) co_await asio::post(use_awaitable);
 }
 
+/// The same, until the flag is set.
+template <class Flag>
+awaitable<void> run_until(const Flag& flag) {
+  while (!flag) co_await asio::post(use_awaitable);
+}
+
+/// Suspends so often, and returns that number.
+inline awaitable<int> hops(int number) {
+  for (int hop = 0; hop < number; ++hop) co_await asio::post(use_awaitable);
+  co_return number;
+}
+
+/// Suspends once.
+inline awaitable<int> seven() {
+  co_await asio::post(use_awaitable);
+  co_return 7;
+}
+
+inline awaitable<void> sleep_for(std::chrono::milliseconds time) {
+  asio::steady_timer timer(co_await asio::this_coro::executor, time);
+  co_await timer.async_wait(use_awaitable);
+}
+
+/// Parks, and returns the value when it is cancelled.
+inline awaitable<int> park_and_return(int value) {
+  try {
+    co_await park();
+  } catch (const std::system_error&) {
+  }
+  co_return value;
+}
+
+inline std::thread::id worker_of(const RuntimeBridge& bridge) {
+  return unwrap(bridge.block_on([] { return std::this_thread::get_id(); }));
+}
+
+/// Its destructor notes the thread that it runs on.
+class NotesItsEnd {
+ public:
+  explicit NotesItsEnd(std::thread::id& where) : where_(&where) {}
+  NotesItsEnd(NotesItsEnd&& other) noexcept : where_(std::exchange(other.where_, nullptr)) {}
+  NotesItsEnd& operator=(NotesItsEnd&&) = delete;
+  ~NotesItsEnd() {
+    if (where_) *where_ = std::this_thread::get_id();
+  }
+
+ private:
+  std::thread::id* where_;
+};
+
+/// Its destructor sets the flag.
+struct SetsFlag {
+  bool& flag;
+  ~SetsFlag() { flag = true; }
+};
+
+/// A result without a value.
+template <class T>
+Result<T> error_result(BridgeError error) {
+#ifdef __cpp_lib_expected
+  return std::unexpected<BridgeError>(std::move(error));
+#else
+  return tl::unexpected<BridgeError>(std::move(error));
+#endif
+}
+
 inline std::string what(const std::exception_ptr& cause) {
   if (!cause) return "no cause";
   try {
@@ -162,16 +251,61 @@ inline std::error_code code_of(const std::exception_ptr& cause) {
   return {};
 }
 
-/// What a call came to, for a thread that cannot use Catch2's assertions.
+/// How a call ended. Threads that cannot use Catch2's assertions keep it for the main thread, which compares it with a
+/// kind of error, whatever its cause, or with one of the outcomes below.
+struct Outcome {
+  bool returned = false;
+  std::optional<BridgeError::Kind> error{};  // none: the call has a value
+  std::exception_ptr cause{};
+
+  bool operator==(BridgeError::Kind kind) const { return error == kind; }
+  /// Causes are equal if their texts are.
+  bool operator==(const Outcome& other) const {
+    return returned == other.returned && error == other.error && what(cause) == what(other.cause);
+  }
+};
+
 template <class T>
-std::string outcome(const Result<T>& result) {
-  if (result.has_value()) return "value";
-  const std::string kind = runtime_bridge::make_error_code(result.error().kind()).message();
-  return result.error().cause() ? kind + ": " + what(result.error().cause()) : kind;
+Outcome outcome(const Result<T>& result) {
+  if (result.has_value()) return {true};
+  return {true, result.error().kind(), result.error().cause()};
 }
-inline const std::string worker_dead = "the worker is gone";
-inline const std::string response_lost = "the task ended without a value";
-inline const std::string would_deadlock = "the call would wait for itself";
+
+inline const Outcome succeeded{true};
+
+/// Errors without a cause. A task that was cut off by the end of its worker is `response_lost`.
+inline const Outcome worker_dead{true, BridgeError::WorkerDead};
+inline const Outcome response_lost{true, BridgeError::ResponseLost};
+inline const Outcome cancelled_unrun{true, BridgeError::Cancelled};
+inline const Outcome would_deadlock{true, BridgeError::WouldDeadlock};
+
+/// The task threw an exception with this text.
+inline Outcome threw(const std::string& text) {
+  return {true, BridgeError::ResponseLost, std::make_exception_ptr(std::runtime_error(text))};
+}
+
+inline std::string name_of(BridgeError::Kind kind) {
+  switch (kind) {
+    case BridgeError::WorkerDead: return "WorkerDead";
+    case BridgeError::ResponseLost: return "ResponseLost";
+    case BridgeError::TimedOut: return "TimedOut";
+    case BridgeError::Cancelled: return "Cancelled";
+    case BridgeError::WouldDeadlock: return "WouldDeadlock";
+    default: return "kind " + std::to_string(static_cast<int>(kind));
+  }
+}
+
+inline std::string to_string(const Outcome& outcome) {
+  if (!outcome.returned) return "the call has not returned";
+  if (!outcome.error) return "a value";
+  return name_of(*outcome.error) + (outcome.cause ? ", cause: " : ", ") + what(outcome.cause);
+}
+inline std::ostream& operator<<(std::ostream& out, const Outcome& outcome) { return out << to_string(outcome); }
+
+template <>
+struct Catch::StringMaker<BridgeError::Kind> {
+  static std::string convert(BridgeError::Kind kind) { return name_of(kind); }
+};
 
 /// Waits until the bridge admits no calls any more.
 inline void await_closed(const RuntimeBridge& bridge) {
@@ -199,6 +333,14 @@ inline std::chrono::nanoseconds cpu_time(clockid_t clock) {
   return std::chrono::seconds(t.tv_sec) + std::chrono::nanoseconds(t.tv_nsec);
 }
 
+/// The shortest time of some attempts, as the machine may have other things to do.
+template <class Attempt>
+std::chrono::nanoseconds quickest(Attempt attempt, int attempts = 5) {
+  auto best = std::chrono::nanoseconds::max();
+  for (int i = 0; i < attempts; ++i) best = std::min(best, std::chrono::nanoseconds(attempt()));
+  return best;
+}
+
 /// What a thread is at.
 class Watch {
  public:
@@ -212,31 +354,6 @@ class Watch {
  private:
   std::string folder_;
   clockid_t clock_{};
-};
-
-/// The worker of a bridge of its own, which is about to call another one and is held up inside its gate: admitted, and
-/// not sent. There it looks for rings, and this has the lock.
-class HeldUp {
- public:
-  explicit HeldUp(const RuntimeBridge& bridge)
-      : call_(own_.submit([&bridge] { return outcome(bridge.block_on([] { return 1; })); })) {
-    await_state([&] { return bridge.in_flight() == 1; });
-  }
-
-  ~HeldUp() {
-    if (lock_) lock_.unlock();
-  }
-
-  /// What the call came to.
-  std::string go_on() {
-    lock_.unlock();
-    return call_.join().value_or("none");
-  }
-
- private:
-  RuntimeBridge own_;
-  std::unique_lock<std::mutex> lock_{runtime_bridge::detail::WaitNode::mutex};
-  JoinHandle<std::string> call_;
 };
 
 /// A thread pool of one, occupied until it is told to go on: something foreign that a task can be parked on.

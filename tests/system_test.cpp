@@ -41,13 +41,8 @@ class DescriptorsLeft : Limit {
 };
 
 template <class T>
-bool ended_as(const Result<T>& result, BridgeError::Kind kind) {
-  return !result.has_value() && result.error() == kind;
-}
-
-template <class T>
 bool could_not_start(const Result<T>& result, std::errc why) {
-  return ended_as(result, BridgeError::WorkerDead) && code_of(result.error().cause()) == why;
+  return outcome(result) == BridgeError::WorkerDead && code_of(result.error().cause()) == why;
 }
 
 /// Whether the constructor and `create` fail.
@@ -83,7 +78,7 @@ struct AtExit {
 // ---------------------------------------------------------------------------------------------------------------------
 // No thread, no descriptor
 
-TEST_CASE("system: no thread to be had, and then there is") {
+TEST_CASE("system: a worker starts once threads are available again", "[child][limit]") {
   CHECK(in_child_process([] {
           const auto none = std::errc::resource_unavailable_try_again;
           const auto descriptors = descriptors_of_this_process();
@@ -123,7 +118,7 @@ constexpr int too_few = 1;  // descriptors and one more: it cannot have worked w
 constexpr int too_few = 2;  // nor with one
 #endif
 
-TEST_CASE("system: too few descriptors for a worker") {
+TEST_CASE("system: too few descriptors for a worker", "[child]") {
   CHECK(in_child_process([] {
           const auto none = std::errc::too_many_files_open;
           const auto descriptors = descriptors_of_this_process();
@@ -146,7 +141,7 @@ TEST_CASE("system: too few descriptors for a worker") {
         }) == 0);
 }
 
-TEST_CASE("system: no descriptor is left while a bridge is used") {
+TEST_CASE("system: no descriptor is left while a bridge is used", "[child]") {
   CHECK(in_child_process([] {
           const RuntimeBridge bridge;
           const RuntimeBridge other;
@@ -157,14 +152,14 @@ TEST_CASE("system: no descriptor is left while a bridge is used") {
             const DescriptorsLeft limit(0);
             for (int i = 0; i < 20; ++i) {
               const auto failed = bridge.block_on(open);
-              if (!ended_as(failed, BridgeError::ResponseLost)) return 1;
+              if (outcome(failed) != BridgeError::ResponseLost) return 1;
               if (code_of(failed.error().cause()).value() != EMFILE) return 2;
               if (!none_starts(std::errc::too_many_files_open)) return 3;
               if (bridge.block_on([] { return take(5); }) != 5) return 4;
-              if (!ended_as(bridge.block_on_for(park, 1ms), BridgeError::TimedOut)) return 5;
+              if (outcome(bridge.block_on_for(park, 1ms)) != BridgeError::TimedOut) return 5;
             }
             auto parked = other.submit(park);
-            if (!other.shutdown(Shutdown::cancel) || !ended_as(parked.join(), BridgeError::Cancelled)) return 6;
+            if (!other.shutdown(Shutdown::cancel) || outcome(parked.join()) != BridgeError::Cancelled) return 6;
           }
           return bridge.block_on(open).has_value() ? 0 : 7;
         }) == 0);
@@ -197,7 +192,7 @@ void storm(const std::stop_token& stop) {
 
 }  // namespace
 
-TEST_CASE("system: signals harm no wait") {
+TEST_CASE("system: signals do not end a wait early", "[timing]") {
   struct sigaction action {};
   action.sa_handler = count_signal;  // and no SA_RESTART
   sigaction(SIGUSR1, &action, nullptr);
@@ -212,7 +207,7 @@ TEST_CASE("system: signals harm no wait") {
   const std::vector<std::function<bool()>> waits{
       [&] { return bridge.block_on(slow) == 300; },
       [&] { return bridge.submit(slow).join() == 300; },
-      [&] { return lasts([&] { return ended_as(bridge.block_on_for(park, 300ms), BridgeError::TimedOut); }); },
+      [&] { return lasts([&] { return outcome(bridge.block_on_for(park, 300ms)) == BridgeError::TimedOut; }); },
       [&] {
         auto parked = bridge.submit(park);
         return lasts([&] { return !parked.wait_for(300ms); });
@@ -242,7 +237,7 @@ TEST_CASE("system: signals harm no wait") {
   CHECK(signals_of_worker == 0);
 }
 
-TEST_CASE("system: a worker takes no signal that is for the program") {
+TEST_CASE("system: the worker blocks the program's signals") {
   const auto blocked = [](const RuntimeBridge& bridge) {
     return *bridge.block_on([] {
       sigset_t signals_of_thread;
@@ -264,7 +259,7 @@ TEST_CASE("system: a worker takes no signal that is for the program") {
 }
 
 // poco#2978: a bridge made before main blocks the signals that it waits for.
-TEST_CASE("system: a signal gets to the thread that waits for it") {
+TEST_CASE("system: a signal reaches the thread that waits for it", "[child]") {
   CHECK(in_child_process([] {
           const RuntimeBridge bridge;
           sigset_t set;
@@ -285,9 +280,9 @@ namespace {
 
 /// Uses the parent's bridge in a child, and destroys it.
 int use_inherited(std::unique_ptr<RuntimeBridge>& bridge) {
-  if (!ended_as(bridge->block_on([] {}), BridgeError::WorkerDead)) return 1;
-  if (!ended_as(bridge->block_on_for(park, 1h), BridgeError::WorkerDead)) return 2;
-  if (!ended_as(bridge->submit(park).join(), BridgeError::WorkerDead)) return 3;
+  if (outcome(bridge->block_on([] {})) != BridgeError::WorkerDead) return 1;
+  if (outcome(bridge->block_on_for(park, 1h)) != BridgeError::WorkerDead) return 2;
+  if (outcome(bridge->submit(park).join()) != BridgeError::WorkerDead) return 3;
   if (!bridge->shutdown(Shutdown::drain) || !bridge->shutdown(Shutdown::cancel, 1ms)) return 4;
   bridge.reset();
   return 0;
@@ -295,7 +290,7 @@ int use_inherited(std::unique_ptr<RuntimeBridge>& bridge) {
 
 }  // namespace
 
-TEST_CASE("system: fork while threads wait") {
+TEST_CASE("system: fork while threads wait", "[child]") {
   std::array<std::unique_ptr<RuntimeBridge>, 3> bridges;
   std::array<JoinHandle<void>, 3> parked;
   std::atomic<int> cancelled{0};
@@ -308,10 +303,10 @@ TEST_CASE("system: fork while threads wait") {
     std::stop_source stop;
     std::vector<std::jthread> threads;
     threads.emplace_back([&, &bridge = *bridges[0]] {
-      if (ended_as(bridge.block_on(park, stop.get_token()), BridgeError::Cancelled)) ++cancelled;
+      if (outcome(bridge.block_on(park, stop.get_token())) == BridgeError::Cancelled) ++cancelled;
     });
     threads.emplace_back([&] {
-      if (ended_as(parked[1].join(), BridgeError::Cancelled)) ++cancelled;
+      if (outcome(parked[1].join()) == BridgeError::Cancelled) ++cancelled;
     });
     threads.emplace_back([&bridge = *bridges[2]] { bridge.shutdown(Shutdown::drain); });
     await_calls(*bridges[0], 2);
@@ -329,12 +324,12 @@ TEST_CASE("system: fork while threads wait") {
     stop.request_stop();
     for (auto& handle : parked) handle.request_stop();
   }
-  CHECK(ended_as(parked[2].join(), BridgeError::Cancelled));
+  CHECK(outcome(parked[2].join()) == BridgeError::Cancelled);
   CHECK(cancelled == 2);
 }
 
 #ifndef SANITIZED  // whose runtimes do not survive a fork of a busy process
-TEST_CASE("system: hundreds of forks while threads call, submit, stop, shut down and destroy") {
+TEST_CASE("system: hundreds of forks while threads call, submit, stop, shut down and destroy", "[child][race][slow]") {
   auto first = std::make_unique<RuntimeBridge>();
   auto second = std::make_unique<RuntimeBridge>();
   const RuntimeBridge third;
@@ -343,22 +338,22 @@ TEST_CASE("system: hundreds of forks while threads call, submit, stop, shut down
   const std::vector<std::function<bool()>> loads{
       [&a = *first, &b = *second] { return a.block_on([&] { return *b.block_on([] { return 1; }); }) == 1; },
       [&a = *first] { return a.block_on([] { return take(5); }) == 5; },
-      [&b = *second] { return ended_as(b.block_on_for(park, 50us), BridgeError::TimedOut); },
+      [&b = *second] { return outcome(b.block_on_for(park, 50us)) == BridgeError::TimedOut; },
       [&b = *second] {
         auto submitted = b.submit(park);
         submitted.request_stop();
-        return ended_as(submitted.join(), BridgeError::Cancelled);
+        return outcome(submitted.join()) == BridgeError::Cancelled;
       },
       [] {
         const RuntimeBridge own;
         auto parked = own.submit(park);
-        return own.shutdown(Shutdown::cancel) && ended_as(parked.join(), BridgeError::Cancelled);
+        return own.shutdown(Shutdown::cancel) && outcome(parked.join()) == BridgeError::Cancelled;
       },
       [] { return RuntimeBridge(lazy()).block_on([] { return 1; }) == 1; },
       [&third] {  // holds the lock of the rings most of the time
         const auto rings = [&] {
           int found = 0;
-          for (int i = 0; i < 1000; ++i) found += ended_as(third.block_on([] {}), BridgeError::WouldDeadlock) ? 1 : 0;
+          for (int i = 0; i < 1000; ++i) found += outcome(third.block_on([] {})) == BridgeError::WouldDeadlock ? 1 : 0;
           return found;
         };
         return third.block_on(rings) == 1000;
@@ -382,7 +377,7 @@ TEST_CASE("system: hundreds of forks while threads call, submit, stop, shut down
               const RuntimeBridge b(lazy());
               if (a.block_on([&] { return *b.block_on([] { return take(5); }); }) != 5) return 5;
               auto own = b.submit(park);
-              return b.shutdown(Shutdown::cancel) && ended_as(own.join(), BridgeError::Cancelled) ? 0 : 6;
+              return b.shutdown(Shutdown::cancel) && outcome(own.join()) == BridgeError::Cancelled ? 0 : 6;
             }) == 0);
     await_state([&] { return calls != before; });
   }
@@ -412,14 +407,14 @@ RuntimeBridge at_namespace_scope(lazy());
 
 const AtExit uses_it{[] {
   const auto result = at_namespace_scope.block_on([] { return take(5); });
-  if (getpid() == program ? result != 5 : !ended_as(result, BridgeError::WorkerDead)) _exit(70);
+  if (getpid() == program ? result != 5 : outcome(result) != BridgeError::WorkerDead) _exit(70);
 }};
 
 /// Begins calls that nobody ends, each on a thread of its own, and counts those that the exit ends as it should.
 void begin_calls(const RuntimeBridge& bridge, std::size_t number, std::atomic<int>& lost) {
   for (std::size_t i = 0; i < number; ++i) {
     std::thread([&] {
-      if (!ended_as(bridge.block_on(park), BridgeError::ResponseLost)) _exit(1);
+      if (outcome(bridge.block_on(park)) != BridgeError::ResponseLost) _exit(1);
       ++lost;
       for (;;) pause();
     }).detach();
@@ -429,7 +424,7 @@ void begin_calls(const RuntimeBridge& bridge, std::size_t number, std::atomic<in
 
 }  // namespace
 
-TEST_CASE("system: exit with calls in flight") {
+TEST_CASE("system: exit with calls in flight", "[child]") {
   enum class Leave { main, thread, task };
   for (const Leave leave : {Leave::main, Leave::thread, Leave::task}) {
     for (const bool destroyed : {true, false}) {
@@ -460,7 +455,7 @@ TEST_CASE("system: exit with calls in flight") {
   }
 }
 
-TEST_CASE("system: a static bridge serves the destructors of other statics") {
+TEST_CASE("system: a static bridge serves the destructors of other statics", "[child]") {
   CHECK(in_child_process([]() -> int {
           static int served = 0;
           static const AtExit judge{[] {
@@ -471,16 +466,16 @@ TEST_CASE("system: a static bridge serves the destructors of other statics") {
           static RuntimeBridge late(lazy());
           static const AtExit user{[] {
             served += bridge.block_on([] { return late.block_on([] { return 1; }).value_or(0); }).value_or(0);
-            if (ended_as(bridge.block_on_for(park, 1ms), BridgeError::TimedOut)) ++served;
+            if (outcome(bridge.block_on_for(park, 1ms)) == BridgeError::TimedOut) ++served;
             auto submitted = late.submit(park);
             submitted.request_stop();
-            if (ended_as(submitted.join(), BridgeError::Cancelled)) ++served;
+            if (outcome(submitted.join()) == BridgeError::Cancelled) ++served;
           }};
           std::exit(7);
         }) == 7);
 }
 
-TEST_CASE("system: thread_local bridges, of threads and of another bridge's worker") {
+TEST_CASE("system: thread_local bridges of threads and of another bridge's worker") {
   std::atomic<int> served{0};
   const auto use = [&] {
     thread_local RuntimeBridge bridge;
@@ -497,7 +492,7 @@ TEST_CASE("system: thread_local bridges, of threads and of another bridge's work
   await_workers(0);
 }
 
-TEST_CASE("system: a thread_local bridge that outlives those of main") {
+TEST_CASE("system: a thread_local bridge that outlives those of main", "[child]") {
   CHECK(in_child_process([]() -> int {
           static std::atomic<bool> main_is_over{false};
           static std::atomic<int> served{0};
@@ -522,7 +517,7 @@ TEST_CASE("system: a thread_local bridge that outlives those of main") {
         }) == 7);
 }
 
-TEST_CASE("system: a thread_local of a worker outlives the bridge that the worker was of") {
+TEST_CASE("system: a worker's thread_local outlives its bridge", "[child]") {
   static std::atomic<bool> dies{false};
   static std::atomic<bool> is_alone{false};
   static std::atomic<int> served{0};
@@ -544,7 +539,7 @@ TEST_CASE("system: a thread_local of a worker outlives the bridge that the worke
         }) == 0);
 }
 
-TEST_CASE("system: thread_locals of a worker destroy its bridge and make calls") {
+TEST_CASE("system: a worker's thread_locals destroy its bridge and make calls", "[child]") {
   for (const bool by_another : {false, true}) {
     CHECK(in_child_process([=] {
             static std::atomic<int> served{0};
@@ -621,7 +616,8 @@ int load_and_close(const char* path, bool may_stay) {
     if (round == 1) stays = may_stay && is_loaded(path);
     if (is_loaded(path) != stays) return 5;
     // Without the library's handlers, or with what they need.
-    if (in_child_process([&] { return ended_as(own.block_on([] {}), BridgeError::WorkerDead) ? 0 : 1; }) != 0) return 6;
+    if (in_child_process([&] { return outcome(own.block_on([] {})) == BridgeError::WorkerDead ? 0 : 1; }) != 0)
+      return 6;
     await_workers(stays ? 2 : 1);
     if (descriptors_of_this_process() != descriptors + (stays ? descriptors - without : 0)) return 7;
   }
@@ -637,12 +633,12 @@ int load_and_close(const char* path, bool may_stay) {
 
 }  // namespace
 
-TEST_CASE("system: a library with bridges is loaded and closed") {
+TEST_CASE("system: a library with bridges is loaded and closed", "[child]") {
   CHECK(in_child_process([]() -> int { std::exit(load_and_close(PLUGIN, true)); }) == 0);
   CHECK(in_child_process([]() -> int { std::exit(load_and_close(PLUGIN_HIDDEN, false)); }) == 0);
 }
 
-TEST_CASE("system: libraries with bridges are loaded and closed at the same time") {
+TEST_CASE("system: libraries with bridges are loaded and closed concurrently", "[child][race]") {
   CHECK(in_child_process([]() -> int {
           const RuntimeBridge own;
           std::atomic<int> wrong{0};

@@ -68,7 +68,7 @@ TEST_CASE("task: an awaitable for io_context::executor_type") {
 
 TEST_CASE("task: a callable that returns an awaitable is called on the worker") {
   RuntimeBridge bridge;
-  const auto worker = *bridge.block_on([] { return std::this_thread::get_id(); });
+  const auto worker = worker_of(bridge);
   std::thread::id called;
   const auto task = [&called] {
     called = std::this_thread::get_id();
@@ -106,7 +106,7 @@ TEST_CASE("task: plain callables run on the worker") {
   CHECK(bridge.block_on(OnlyAsRvalue{}) == 5);
 }
 
-TEST_CASE("task: an Asio operation that waits for its token") {
+TEST_CASE("task: an Asio operation that takes its completion token") {
   RuntimeBridge bridge;
   asio::steady_timer timer(bridge.get_executor(), 1ms);
   CHECK(bridge.block_on(timer.async_wait(asio::deferred)).has_value());
@@ -130,9 +130,7 @@ TEST_CASE("task: results of every movable type") {
   CHECK(aligned(*over_aligned));
 
   // The backend's own outcome inside the call's: the pattern of every backend.
-  const auto nested = bridge.block_on([]() -> Result<int> {
-    return runtime_bridge::detail::unexpected<BridgeError>(BridgeError(BridgeError::TimedOut));
-  });
+  const auto nested = bridge.block_on([] { return error_result<int>(BridgeError::TimedOut); });
   REQUIRE(nested.has_value());
   CHECK(nested->error() == BridgeError::TimedOut);
 }
@@ -148,23 +146,19 @@ TEST_CASE("task: an awaitable's over-aligned result") {
 }
 #endif
 
-TEST_CASE("task: callers make progress side by side") {
+TEST_CASE("task: calls from different threads run concurrently") {
   RuntimeBridge bridge;
   // The first task can only end once the second has run.
   bool second_has_run = false;
-  const auto first = [&second_has_run]() -> awaitable<void> {
-    while (!second_has_run) co_await asio::post(use_awaitable);
-  };
-  std::jthread caller([&] { unwrap(bridge.block_on(first)); });
+  std::jthread caller([&] { unwrap(bridge.block_on(run_until(second_has_run))); });
   await_state([&] { return bridge.in_flight() == 1; });
   unwrap(bridge.block_on([&] { second_has_run = true; }));
   caller.join();
   CHECK(bridge.in_flight() == 0);
 }
 
-TEST_CASE("task: an awaitable that was given up before is an error of its call alone") {
+TEST_CASE("task: an awaitable that was moved from before is an error of its call only") {
   const RuntimeBridge bridge;
-  const auto seven = []() -> awaitable<int> { co_return 7; };
   auto task = seven();
   CHECK(bridge.block_on(std::move(task)) == 7);
   const auto again = bridge.block_on(std::move(task));  // NOLINT(bugprone-use-after-move)

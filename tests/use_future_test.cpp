@@ -31,11 +31,6 @@ class Naive {
   std::thread thread_;
 };
 
-awaitable<int> seven() {
-  co_await asio::post(use_awaitable);
-  co_return 7;
-}
-
 bool hangs(std::future<int>& future) { return future.wait_for(100ms) == std::future_status::timeout; }
 
 }  // namespace
@@ -58,7 +53,7 @@ TEST_CASE("use_future: hangs when it is called from a task on the worker") {
 }
 
 #ifndef SANITIZED
-TEST_CASE("use_future: hangs in a forked child") {
+TEST_CASE("use_future: hangs in a forked child", "[child]") {
   Naive naive;
   CHECK(in_child_process([&] {
           alarm(2);  // the post itself may hang as well, on a lock that was held during the fork
@@ -67,7 +62,7 @@ TEST_CASE("use_future: hangs in a forked child") {
         }) != 1);
 }
 
-TEST_CASE("use_future: one stray exception in any handler ends the program") {
+TEST_CASE("use_future: one stray exception in any handler ends the program", "[child]") {
   CHECK(in_child_process([] {
           std::set_terminate([] { _exit(66); });
           Naive naive;
@@ -100,7 +95,7 @@ TEST_CASE("use_future: the captures of the callable outlive get()") {
   }
 }
 
-TEST_CASE("use_future: after a timeout the task runs on, unseen") {
+TEST_CASE("use_future: the task runs on after a timeout") {
   Naive naive;
   std::atomic<bool> ran_on{false};
   std::promise<void> caller_has_left;
