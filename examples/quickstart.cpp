@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A synchronous key-value store over an asynchronous client. `Client` and `Server` stand for the library and the
-// service that you already have; `RemoteStore` is what runtime_bridge is for.
+// A synchronous key-value store, implemented with an asynchronous client. `Client` and `Server` stand for the library
+// and the service that you already have; `RemoteStore` is the part that uses runtime_bridge.
 
 #include <runtime_bridge.hpp>
 
@@ -45,7 +45,7 @@ using asio::ip::tcp;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The protocol. A message is three 32-bit numbers in network order (kind, length of the key, length of the value), then
-// the key, then the value. A request is answered by one message on the same connection.
+// the key, then the value. Each request gets one message as its reply, on the same connection.
 
 enum class Kind : std::uint32_t { put = 1, get, done, not_found, refused };
 
@@ -61,12 +61,12 @@ struct ProtocolError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Both sides call it both ways: a length is cut to 32 bits only when it is known to fit, and nobody makes room for what
-// a peer merely announces.
+// Both sides call this before they send and when they receive: a length must fit into 32 bits, and a length that the
+// peer merely claims must not make us allocate too much.
 void check_lengths(std::size_t key, std::size_t value) {
   const auto check = [](const std::string& what, std::size_t length, std::size_t limit) {
     if (length <= limit) return;
-    throw ProtocolError(what + " of " + std::to_string(length) + " bytes is over the limit of " +
+    throw ProtocolError(what + " of " + std::to_string(length) + " bytes exceeds the limit of " +
                         std::to_string(limit));
   };
   check("a key", key, max_key);
@@ -93,14 +93,14 @@ asio::awaitable<Message> receive(tcp::socket& socket) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The asynchronous client. It needs no locks: everything in it happens on one thread, the bridge's worker.
+// The asynchronous client. It needs no locks, because all of it runs on one thread, the bridge's worker.
 
 class Client {
  public:
   Client(asio::any_io_executor executor, tcp::endpoint server)
       : executor_(std::move(executor)), server_(std::move(server)) {}
 
-  // The views may point into the stack of a thread that waits in block_on: no task outlives its call.
+  // The views may refer to locals of a thread that waits in block_on, since no task outlives its call.
   asio::awaitable<void> put(std::string_view key, std::string_view value) { co_await exchange(Kind::put, key, value); }
 
   asio::awaitable<std::string> get(std::string_view key) {
@@ -112,7 +112,7 @@ class Client {
   void close() { idle_.clear(); }
 
  private:
-  // Calls of several threads are here at the same time, each on a connection of its own.
+  // Calls from different threads run this concurrently, each with its own connection.
   asio::awaitable<Message> exchange(Kind kind, std::string_view key, std::string_view value) {
     tcp::socket connection(executor_);
     if (idle_.empty()) {
@@ -124,9 +124,9 @@ class Client {
     }
     co_await send(connection, kind, key, value);
     Message reply = co_await receive(connection);
-    if (reply.kind == Kind::refused) throw ProtocolError("the server refuses: " + reply.value);
-    if (reply.kind != Kind::done && reply.kind != Kind::not_found) throw ProtocolError("the server talks nonsense");
-    // Only now: a connection on which anything went wrong is closed with this coroutine and never used again.
+    if (reply.kind == Kind::refused) throw ProtocolError("the server refused: " + reply.value);
+    if (reply.kind != Kind::done && reply.kind != Kind::not_found) throw ProtocolError("invalid reply from the server");
+    // Only reuse a connection after success: if anything throws above, it is closed.
     if (idle_.size() < max_idle) idle_.push_back(std::move(connection));
     co_return reply;
   }
@@ -139,10 +139,10 @@ class Client {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Where the two worlds meet
+// The synchronous interface and its implementation
 
 // [readme]
-/// What the program is written against: synchronous, called from any thread.
+/// The interface that the program uses: synchronous, called from any thread.
 class KeyValueStore {
  public:
   virtual ~KeyValueStore() = default;
@@ -150,7 +150,7 @@ class KeyValueStore {
   virtual std::string get(std::string_view key) = 0;
 };
 
-/// The same over an asynchronous client, whose functions are Asio coroutines.
+/// Implements it with an asynchronous client, whose functions are Asio coroutines.
 class RemoteStore final : public KeyValueStore {
  public:
   explicit RemoteStore(const tcp::endpoint& server) : client_(bridge_.get_executor(), server) {}
@@ -158,20 +158,20 @@ class RemoteStore final : public KeyValueStore {
     (void)bridge_.block_on([&] { client_.close(); });
   }
 
-  // The task runs on the bridge's worker and is over when block_on returns, so it may borrow this thread's stack.
+  // The task runs on the bridge's worker and has ended when block_on returns, so it may refer to the caller's locals.
   void put(std::string_view key, std::string_view value) override {
     runtime_bridge::unwrap(bridge_.block_on([&] { return client_.put(key, value); }));
   }
 
-  // A task that throws is an error value, and ends nothing but its own call. unwrap throws it on.
+  // If the task throws, this call returns an error, and other calls go on. unwrap rethrows the exception.
   runtime_bridge::Result<std::string> try_get(std::string_view key) {
     return bridge_.block_on([&] { return client_.get(key); });
   }
   std::string get(std::string_view key) override { return runtime_bridge::unwrap(try_get(key)); }
 
  private:
-  runtime_bridge::RuntimeBridge bridge_;  // one worker thread with an io_context of its own
-  Client client_;                         // declared last: its sockets must be gone before the bridge
+  runtime_bridge::RuntimeBridge bridge_;  // owns one worker thread, which runs an io_context
+  Client client_;                         // declared last: its sockets must be destroyed before the bridge
 };
 
 void look_up(RemoteStore& store, std::string_view key) {
@@ -184,7 +184,7 @@ void look_up(RemoteStore& store, std::string_view key) {
 // [/readme]
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A server to talk to, in this process but behind a real socket: with a context and a thread of its own
+// The server. It runs in this process, on its own thread and context, and is reached through a socket.
 
 class Server {
  public:
@@ -202,7 +202,7 @@ class Server {
   [[nodiscard]] tcp::endpoint endpoint() const { return endpoint_; }
 
  private:
-  // The acceptor is the coroutine's own: if accepting fails it closes, and clients get an error instead of waiting.
+  // The coroutine owns the acceptor. If accepting fails, the acceptor closes, so clients get an error and do not wait.
   asio::awaitable<void> accept(tcp::acceptor acceptor) {
     for (;;) {
       tcp::socket peer = co_await acceptor.async_accept(asio::use_awaitable);
@@ -210,7 +210,7 @@ class Server {
     }
   }
 
-  // Ends with an exception when the peer hangs up. After a refusal the rest of the stream cannot be made sense of.
+  // Throws when the peer disconnects. Returns after a refusal, because the rest of the stream cannot be parsed.
   asio::awaitable<void> serve(tcp::socket peer) {
     peer.set_option(tcp::no_delay(true));
     for (Message reply{}; reply.kind != Kind::refused;) {
@@ -224,7 +224,7 @@ class Server {
     }
   }
 
-  // A reply copies the value: while it is sent, another connection may replace the stored one.
+  // The reply needs a copy of the value: another connection may replace the stored one while the reply is sent.
   Message answer(Message& request) {
     if (request.kind == Kind::put) {
       values_[std::move(request.key)] = std::move(request.value);
@@ -247,9 +247,8 @@ class Server {
 
 constexpr const char* usage =
     "usage: quickstart [FILE | DIRECTORY]...\n"
-    "Puts the files, and those below the directories, into a key-value server on loopback from four threads, gets "
-    "them\n"
-    "back and compares. By default it takes runtime_bridge's own include/ and README.md.\n";
+    "Stores the files, and the files in the directories, in a key-value server on loopback from four threads, reads\n"
+    "them back and compares. By default it stores runtime_bridge's own include/ and README.md.\n";
 
 struct File {
   std::string key, bytes;
@@ -262,7 +261,7 @@ File read_file(const fs::path& path) {
   std::array<char, 65536> chunk{};
   while (in.read(chunk.data(), chunk.size()) || in.gcount() != 0) {
     file.bytes.append(chunk.data(), static_cast<std::size_t>(in.gcount()));
-    if (file.bytes.size() > max_value) throw std::runtime_error(file.key + ": too large to be a value");
+    if (file.bytes.size() > max_value) throw std::runtime_error(file.key + ": too large for a value");
   }
   if (in.bad()) throw std::runtime_error(file.key + ": cannot be read");
   return file;
@@ -288,7 +287,7 @@ std::vector<File> read_files(const std::vector<fs::path>& paths) {
   return files;
 }
 
-/// Calls the function with every file, from four threads, and returns the seconds it took.
+/// Calls the function once for each file, from four threads, and returns the elapsed seconds.
 template <class Function>
 double from_four_threads(const std::vector<File>& files, Function function) {
   const auto start = std::chrono::steady_clock::now();
@@ -315,11 +314,11 @@ void run(const std::vector<File>& files) {
   std::cout << "puts: " << files.size() << " from 4 threads in " << put << " s\n";
 
   const double get = from_four_threads(files, [&](const File& file) {
-    if (store.get(file.key) != file.bytes) throw std::runtime_error(file.key + ": came back different");
+    if (store.get(file.key) != file.bytes) throw std::runtime_error(file.key + ": the stored value differs");
   });
-  std::cout << "gets: " << files.size() << " from 4 threads in " << get << " s, every byte as it was\n";
+  std::cout << "gets: " << files.size() << " from 4 threads in " << get << " s, contents identical\n";
 
-  std::cout << "a get that fails, and the next one:\n";
+  std::cout << "a get that fails, and the next one, which works:\n";
   look_up(store, "lost");
   look_up(store, files.front().key);
 }
@@ -342,9 +341,10 @@ int main(int argc, char** argv) {
       paths.emplace_back(argument);
     }
     if (paths.empty()) {
-      // The compiler's name for this file: a path from where it was run, if it was given such a one.
+      // __FILE__ may be relative to the folder in which the compiler ran.
       const fs::path project = fs::path(__FILE__).parent_path().parent_path();
-      if (!fs::exists(project / "include")) throw std::runtime_error("the project is not here: name files to store");
+      if (!fs::exists(project / "include"))
+        throw std::runtime_error("the default files are not there: name files to store");
       paths = {project / "include", project / "README.md"};
     }
     run(read_files(paths));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The README's examples after the first, compiled and run. readme_test.cmake compares them with the README: a block
-// there is a run of lines here.
+// Compiles and runs the README's examples, except the first. readme_test.cmake checks that each code block of the
+// README is in a file that is compiled, such as this one.
 
 #include <chrono>
 #include <stop_token>
@@ -57,7 +57,7 @@ TEST_CASE("readme: submit") {
   RuntimeBridge bridge;
   Client client;
 
-  JoinHandle<std::string> first = bridge.submit(client.get("a"));  // both are on their way
+  JoinHandle<std::string> first = bridge.submit(client.get("a"));  // both tasks run concurrently
   JoinHandle<std::string> second = bridge.submit(client.get("b"));
   std::string both = unwrap(first.join()) + ", " + unwrap(second.join());
 

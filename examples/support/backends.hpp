@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a program with storage is written against: synchronous, called from any thread.
+// The interfaces that a program with storage uses: synchronous, called from any thread.
 
 #ifndef RUNTIME_BRIDGE_EXAMPLES_BACKENDS_HPP
 #define RUNTIME_BRIDGE_EXAMPLES_BACKENDS_HPP
@@ -23,12 +23,12 @@
 
 struct BackendError {
   enum Kind {
-    Refused,      ///< The server said no: nothing was changed.
-    NotFound,     ///< There is no such thing.
-    Corrupt,      ///< It is not what was put.
-    Unavailable,  ///< The server is not there, or went away. As after the following two, a change may have been made or
-                  ///< not.
-    TimedOut,     ///< It took too long.
+    Refused,   ///< The server refused the request. Nothing was changed.
+    NotFound,  ///< The object does not exist.
+    Corrupt,   ///< The object's content is not what was stored.
+    // After the next three errors, a change may or may not have been made.
+    Unavailable,  ///< The server could not be reached, or the connection was lost.
+    TimedOut,     ///< The call took too long.
     Stopped,      ///< The backend is being shut down.
   } kind = Stopped;
   std::string message = {};
@@ -45,7 +45,7 @@ using Failure = tl::unexpected<BackendError>;
 #endif
 
 // [readme]
-/// What the bridge says of a call becomes the backend's own kind of error.
+/// Turns the bridge's errors into the backend's own.
 template <class T>
 Outcome<T> flatten(runtime_bridge::Result<Outcome<T>> result) {
   if (result) return *std::move(result);
@@ -54,23 +54,23 @@ Outcome<T> flatten(runtime_bridge::Result<Outcome<T>> result) {
 }
 // [/readme]
 
-/// References: names with values. What changes something returns whether it did.
+/// References: names with values. Functions that change something return whether they did.
 class RefBackend {
  public:
   virtual ~RefBackend() = default;
   virtual Outcome<std::optional<std::string>> get(const std::string& name) = 0;
   virtual Outcome<bool> set(const std::string& name, const std::string& value) = 0;
-  /// Sets it if its value is the expected one; without an expected one, if it does not exist.
+  /// Sets the reference if it has the expected value, or, with no expected value, if it does not exist.
   virtual Outcome<bool> compare_and_set(const std::string& name, const std::optional<std::string>& expected,
                                         const std::string& value) = 0;
   virtual Outcome<bool> remove(const std::string& name) = 0;
-  /// The names that begin with the prefix, sorted.
+  /// The names that start with the prefix, sorted.
   virtual Outcome<std::vector<std::string>> list(const std::string& prefix) = 0;
 };
 
-/// What was appended in one go. Its number tells its place in the log: 1, 2, 3, ... in the order of the commits.
+/// The operations of one append. Batches are numbered 1, 2, 3, ... in commit order.
 struct Batch {
-  enum Mark { Done, Undone, Discarded };  ///< as in an editor: what was undone can be redone, until the next append
+  enum Mark { Done, Undone, Discarded };  ///< as in an editor: an undone batch can be redone until the next append
 
   std::int64_t number = 0;
   std::string transaction_id = {};
@@ -78,24 +78,24 @@ struct Batch {
   Mark mark = Done;
 };
 
-/// A log of operations that grows by batches, and in which batches are marked as undone.
+/// A log of operations. Batches are appended to it, and can be marked as undone.
 class OpLogBackend {
  public:
   virtual ~OpLogBackend() = default;
-  /// Appends a batch, and returns its number. With the id of a batch that is in the log it appends nothing and returns
-  /// that one's number: after an error just call it again. What is undone at the time is discarded.
+  /// Appends a batch and returns its number. Undone batches are discarded. If the log already has a batch with this id,
+  /// it appends nothing and returns that batch's number, so after an error just call it again.
   virtual Outcome<std::int64_t> append(const std::vector<std::string>& operations,
                                        const std::string& transaction_id) = 0;
   /// The last batches, newest first.
   virtual Outcome<std::vector<Batch>> recent(int count) = 0;
-  /// Marks the newest batch that is done as undone, and returns its number, if there is one. Not to be repeated
-  /// blindly: look at `recent` first if the outcome is unknown. The same goes for `redo`.
+  /// Marks the newest done batch as undone and returns its number, or nothing if there is none. If the outcome is
+  /// unknown, look at `recent` before you call this again. The same applies to `redo`.
   virtual Outcome<std::optional<std::int64_t>> undo() = 0;
-  /// Marks as done the batch that was undone last.
+  /// Marks the batch that was undone last as done.
   virtual Outcome<std::optional<std::int64_t>> redo() = 0;
 };
 
-/// Objects under the SHA-256 of their content, in hexadecimal.
+/// Objects. Each one's address is the SHA-256 of its content, in hexadecimal.
 class ObjectStore {
  public:
   virtual ~ObjectStore() = default;

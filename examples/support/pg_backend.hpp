@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What synchronous backends over asynchronous PostgreSQL have in common.
+// Shared by the synchronous backends over asynchronous PostgreSQL.
 
 #ifndef RUNTIME_BRIDGE_EXAMPLES_PG_BACKEND_HPP
 #define RUNTIME_BRIDGE_EXAMPLES_PG_BACKEND_HPP
@@ -21,40 +21,40 @@
 #include "support/backends.hpp"
 #include "support/pg.hpp"
 
-/// What an asynchronous function comes to, as a backend says it.
+/// Turns what an asynchronous function returns or throws into a backend's result.
 template <class T>
 asio::awaitable<Outcome<T>> outcome_of(asio::awaitable<T> task) {
   try {
     co_return co_await std::move(task);
   } catch (const pg::Error& e) {
     co_return Failure({e.kind() == pg::Error::statement ? BackendError::Refused : BackendError::Unavailable, e.what()});
-  } catch (const std::invalid_argument& e) {  // a text that PostgreSQL cannot hold
+  } catch (const std::invalid_argument& e) {  // a text that PostgreSQL cannot store
     co_return Failure({BackendError::Refused, e.what()});
   }
 }
 
 // [readme]
-/// Copies are cheap: they share one bridge, whose worker starts with the first call, and one pool of connections.
+/// Copies are cheap: they share one bridge, whose worker starts with the first call, and one connection pool.
 class PgClient {
   struct Shared {
     Shared(const pg::Settings& settings, std::size_t connections)
         : pool(bridge.get_executor(), settings, connections) {}
     Shared(const Shared&) = delete;
     Shared& operator=(const Shared&) = delete;
-    // If the last copy was a task's, this is the worker: the bridge refuses to wait for itself, and need not.
+    // A task may own the last copy. This then runs on the worker, where block_on is refused and close() may be called.
     ~Shared() {
       const auto closed = bridge.block_on([&] { pool.close(); });
       if (!closed && closed.error() == runtime_bridge::BridgeError::WouldDeadlock) pool.close();
     }
     runtime_bridge::RuntimeBridge bridge{{.start = runtime_bridge::Start::lazy}};
-    pg::Pool pool;  // declared last: its connections must be gone before the bridge
+    pg::Pool pool;  // declared last: its connections must be destroyed before the bridge
   };
 
  public:
   PgClient(const pg::Settings& settings, std::size_t connections, std::chrono::milliseconds timeout)
       : shared_(std::make_shared<Shared>(settings, connections)), timeout_(timeout) {}
 
-  /// Runs `function(connection)` on the worker. It is over when block_on returns, so it may borrow the caller's stack.
+  /// Runs `function(connection)` on the worker. It has ended when this returns, so it may refer to the caller's locals.
   template <class Function>
   auto call(Function function) const {
     const auto task = [&]() -> std::invoke_result_t<Function&, pg::Connection&> {
@@ -65,13 +65,13 @@ class PgClient {
   }
   // [/readme]
 
-  /// The same in a transaction.
+  /// Like `call`, in a transaction.
   template <class Function>
   auto transaction(Function function) const {
     return call([&](pg::Connection& connection) { return connection.transaction(std::ref(function)); });
   }
 
-  /// Runs one statement; whether it returned or changed any rows.
+  /// Runs one statement. True if it returned or changed any rows.
   template <class... Ts>
   Outcome<bool> run(const std::string& sql, const Ts&... parameters) const {
     return call([&](pg::Connection& connection) -> asio::awaitable<bool> {
@@ -80,7 +80,8 @@ class PgClient {
     });
   }
 
-  /// Creates what is not there. "if not exists" alone would fail when two programs do this at the same time.
+  /// Runs "create ... if not exists" statements. It takes a lock, because one of two programs that run such a statement
+  /// at the same time may still fail.
   [[nodiscard]] Outcome<bool> create(const std::vector<std::string>& statements) const {
     return transaction([&](pg::Connection& connection) -> asio::awaitable<bool> {
       co_await connection.query("select pg_advisory_xact_lock(hashtext('runtime_bridge'))");
