@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the table and the picture of what tests/bench/run measured. All figures are medians of its rounds."""
+"""Turns the results of tests/bench/run into a table and a picture. All figures are medians over its rounds."""
 
 import collections
 import json
@@ -10,8 +10,8 @@ import sys
 
 folder = pathlib.Path(sys.argv[-1])
 root = pathlib.Path(__file__).parents[2]
-WAYS = {"bridge": "runtime_bridge", "parking": "never spinning", "use_future": "use_future", "by_hand": "by hand", "seed": "the seed",
-        "native": "blocking"}
+WAYS = {"bridge": "runtime_bridge", "parking": "no spinning", "use_future": "use_future", "by_hand": "by hand",
+        "seed": "Rust crate", "native": "blocking"}
 
 
 def read():
@@ -51,11 +51,11 @@ def figure(value, digits=3):
 
 
 def table():
-    rows = [("a task that returns at once", "callable"), ("the same, the context's reactor in use", "reactor"),
-            ("an awaitable made by the caller", "awaitable"), ("a task that suspends once", "suspends"),
-            ("an echo over a Unix socket pair", "echo"), ("a timer of 1 ms", "timer")]
-    lines = ["| call, callers | " + " | ".join(WAYS.values()) + " | CPU | allocations | switches |",
-             "|---|" + "---:|" * (len(WAYS) + 3)]
+    rows = [("a task that returns at once", "callable"), ("the same, with the context's reactor in use", "reactor"),
+            ("an awaitable that the caller creates", "awaitable"), ("a task that suspends once", "suspends"),
+            ("an echo over a Unix socket pair", "echo"), ("a 1 ms timer", "timer")]
+    lines = ["| call | callers | " + " | ".join(WAYS.values()) + " | CPU | allocations | switches |",
+             "|---|" + "---:|" * (len(WAYS) + 4)]
     for name, what in rows:
         for callers in (1, 2, 8, 64):
             if median(what, "bridge", callers) is None:
@@ -63,8 +63,8 @@ def table():
             cells = [figure(median(what, way, callers)) for way in WAYS]
             cpu = " / ".join(figure(median(what, way, callers, "cpu_us")) for way in ("bridge", "use_future"))
             rest = [figure(median(what, "bridge", callers, counter), 2) for counter in ("allocations", "switches")]
-            lines.append(f"| {name}, {callers} | " + " | ".join(cells + [cpu] + rest) + " |")
-            name = "&nbsp;"
+            lines.append(f"| {name} | {callers} | " + " | ".join(cells + [cpu] + rest) + " |")
+            name = ""
     return "\n".join(lines)
 
 
@@ -77,9 +77,10 @@ def includes():
         else:
             seconds[unit].append(float(value))
     asio, std, both = (statistics.median(seconds[unit]) for unit in ("asio_only", "with_std", "with_bridge"))
-    return (f"Including the header compiles {lines['with_bridge']} lines in {both:.2f} s, the Asio headers alone "
-            f"{lines['asio_only']} in {asio:.2f} s: {100 * (both / asio - 1):.0f} % more, of which "
-            f"{100 * (std / asio - 1):.0f} % are the standard headers (`<future>` and `<stop_token>` above all).")
+    return (f"- A file that only includes the header has {lines['with_bridge']} lines and compiles in {both:.2f} s. With "
+            f"the Asio headers alone it has {lines['asio_only']} lines and takes {asio:.2f} s. That is "
+            f"{100 * (both / asio - 1):.0f} % more; {100 * (std / asio - 1):.0f} percentage points of it come from standard "
+            f"headers, mostly `<future>` and `<stop_token>`.")
 
 
 def words():
@@ -91,18 +92,18 @@ def words():
              for size in (8, 32)}
     spinning, futex = median("floor", "spinning", 1), median("floor", "futex", 1)
     return "\n".join([
-        f"Two threads that hand a word to each other and back need {figure(futex)} us if they sleep in between, and "
-        f"{figure(spinning)} us if they spin: the floors of every call that leaves its thread.",
-        f"One of 10000 submitted at once takes {figure(median('submit', 'bridge', 1))} us.",
-        f"`use_future` takes {ratio('callable', 1, 'use_future', 'bridge')}, "
+        f"- A message from one thread to another and back takes {figure(futex)} us if the threads sleep while they wait, "
+        f"and {figure(spinning)} us if they spin. Every call to another thread includes such a round trip.",
+        f"- If 10000 tasks are submitted at once, each takes {figure(median('submit', 'bridge', 1))} us.",
+        f"- With 1, 8 and 64 callers, `use_future` takes {ratio('callable', 1, 'use_future', 'bridge')}, "
         f"{ratio('callable', 8, 'use_future', 'bridge')} and {ratio('callable', 64, 'use_future', 'bridge')} times as "
-        f"long at 1, 8 and 64 callers, the seed {ratio('callable', 1, 'seed', 'bridge')}, "
-        f"{ratio('callable', 8, 'seed', 'bridge')} and {ratio('callable', 64, 'seed', 'bridge')} times; the echo at one "
-        f"caller takes {ratio('echo', 1, 'bridge', 'native')} times as long as the blocking calls.",
-        f"With `ASIO_RECYCLING_ALLOCATOR_CACHE_SIZE=8` a call allocates {cache[8][0]} times at one caller; with 32, "
-        f"{cache[32][1]} times at eight.",
-        f"A bridge is {context['bridge_bytes']} bytes and {context['core_bytes']} on the heap; a call is "
-        f"{context['call_bytes']} on the caller's stack.",
+        f"long as runtime_bridge, and the Rust crate {ratio('callable', 1, 'seed', 'bridge')}, "
+        f"{ratio('callable', 8, 'seed', 'bridge')} and {ratio('callable', 64, 'seed', 'bridge')} times.",
+        f"- With one caller, the echo takes {ratio('echo', 1, 'bridge', 'native')} times as long as with blocking calls.",
+        f"- With `ASIO_RECYCLING_ALLOCATOR_CACHE_SIZE=8` and one caller, a call makes {cache[8][0]} allocations; with 32 "
+        f"and eight callers, {cache[32][1]}.",
+        f"- A bridge takes {context['bridge_bytes']} bytes, and {context['core_bytes']} bytes on the heap. A call takes "
+        f"{context['call_bytes']} bytes on the caller's stack.",
         includes()])
 
 
