@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A synchronous log of operations over asynchronous PostgreSQL: exactly once, in order, whatever happens to the server.
+// A synchronous log of operations over asynchronous PostgreSQL. Each batch is in the log exactly once and in order,
+// even if the server is killed.
 
 #include <algorithm>
 #include <array>
@@ -34,7 +35,7 @@ using namespace std::chrono_literals;
 using asio::awaitable;
 using std::chrono::steady_clock;
 
-/// A PostgreSQL array of texts.
+/// The texts as a PostgreSQL array literal.
 std::string array_of(const std::vector<std::string>& texts) {
   std::string array = "{";
   for (const std::string& text : texts) {
@@ -48,16 +49,16 @@ std::string array_of(const std::vector<std::string>& texts) {
   return array + '}';
 }
 
-/// Every change is one transaction on one connection, and begins by locking the log's row in `oplog_head`. So numbers
-/// are in the order of the commits; the number of a transaction that fails is given out again; and who has a connection
-/// never waits for another one.
+/// Every change is one transaction on one connection, which first locks the log's row in `oplog_head`. So numbers
+/// follow commit order, and the number of a failed transaction is used again. A caller that has a connection never
+/// waits for another one.
 class PgOpLogBackend final : public OpLogBackend {
  public:
   PgOpLogBackend(PgClient client, std::string name) : client_(std::move(client)), name_(std::move(name)) {}
 
   Outcome<std::int64_t> append(const std::vector<std::string>& operations, const std::string& transaction_id) override {
     return client_.transaction([&](pg::Connection& connection) -> awaitable<std::int64_t> {
-      // Each statement sees what was committed before it began, so the look-up must come after the lock.
+      // Look up the id after taking the lock: a statement sees only what was committed before it began.
       co_await lock(connection);
       const auto there = co_await connection.query(
           "select number from runtime_bridge.oplog where log = $1 and transaction_id = $2", name_, transaction_id);
@@ -92,7 +93,7 @@ class PgOpLogBackend final : public OpLogBackend {
                              : mark == "undone" ? Batch::Undone
                                                 : Batch::Discarded});
         }
-        auto operation = rows.get<std::optional<std::string>>(row, 3);  // null: a batch of none
+        auto operation = rows.get<std::optional<std::string>>(row, 3);  // null: the batch is empty
         if (operation) batches.back().operations.push_back(*std::move(operation));
       }
       co_return batches;
@@ -102,12 +103,12 @@ class PgOpLogBackend final : public OpLogBackend {
   Outcome<std::optional<std::int64_t>> undo() override {
     return mark("undone", "select max(number) from runtime_bridge.oplog where log = $1 and mark = 'done'");
   }
-  // What is undone is the end of the log, but for what was discarded; so its oldest was undone last.
+  // The undone batches are the last ones of the log, apart from discarded ones, so the oldest of them was undone last.
   Outcome<std::optional<std::int64_t>> redo() override {
     return mark("done", "select min(number) from runtime_bridge.oplog where log = $1 and mark = 'undone'");
   }
 
-  /// Creates the log, and the tables of all logs, unless they are there.
+  /// Creates the log, and the tables for all logs, if they do not exist.
   Outcome<bool> create() {
     const Outcome<bool> tables = client_.create(
         {"create table if not exists runtime_bridge.oplog_head (log text primary key, last bigint not null)",
@@ -128,7 +129,7 @@ class PgOpLogBackend final : public OpLogBackend {
     if (head.rows() == 0) throw std::invalid_argument("no such log: " + name_);
   }
 
-  /// Marks the batch that `choice` chooses.
+  /// Marks the batch whose number the SQL query `choice` returns.
   Outcome<std::optional<std::int64_t>> mark(const std::string& as, const std::string& choice) {
     return client_.transaction([&](pg::Connection& connection) -> awaitable<std::optional<std::int64_t>> {
       co_await lock(connection);
@@ -147,7 +148,7 @@ class PgOpLogBackend final : public OpLogBackend {
 // ---------------------------------------------------------------------------------------------------------------------
 // The program
 
-/// Appends until it succeeds, with the same id, for up to a minute.
+/// Retries the append with the same id until it succeeds, for up to a minute.
 std::int64_t append_with_retries(PgOpLogBackend log, const std::vector<std::string>& operations, const std::string& id,
                                  std::atomic<int>& errors) {
   const auto deadline = steady_clock::now() + 60s;
@@ -160,7 +161,8 @@ std::int64_t append_with_retries(PgOpLogBackend log, const std::vector<std::stri
   }
 }
 
-/// Eight callers append. If there is a command, one of them runs it half way, and the others go on until it is done.
+/// Appends from eight threads. If there is a command, one thread runs it halfway, and the others append until it is
+/// done.
 void many_callers(PgOpLogBackend log, const std::string& command) {
   constexpr int callers = 8, batches = 25;
   const std::string text = R"("quoted" \ text)";
@@ -174,12 +176,12 @@ void many_callers(PgOpLogBackend log, const std::string& command) {
       if (command_done) ++after;
       const std::string id = std::to_string(caller) + "-" + std::to_string(i);
       const std::int64_t number = append_with_retries(log, {id, text}, id, errors);
-      check(acknowledged.empty() || number > acknowledged.rbegin()->first, "a later batch has an earlier number");
+      check(acknowledged.empty() || number > acknowledged.rbegin()->first, "a later batch has a smaller number");
       acknowledged.emplace(number, id);
       if (++appended == callers * batches / 2 && !command.empty()) {
         const int status = std::system(command.c_str());
         command_done = true;
-        check(status == 0, "this failed: " + command);
+        check(status == 0, "command failed: " + command);
       }
     }
     return acknowledged;
@@ -191,13 +193,13 @@ void many_callers(PgOpLogBackend log, const std::string& command) {
   const std::vector<Batch> found = need(log.recent(1 << 30));
   for (std::int64_t number = std::ssize(found); const Batch& batch : found) {
     check(batch.number == number--, "the log has a gap");
-    check(acknowledged[batch.number] == batch.transaction_id, "the log has a batch that nobody appended");
-    check(batch.operations == std::vector{batch.transaction_id, text}, "a batch came back different");
+    check(acknowledged[batch.number] == batch.transaction_id, "the log has a batch that was not appended");
+    check(batch.operations == std::vector{batch.transaction_id, text}, "a batch has changed");
   }
   check(found.size() == acknowledged.size(), "an acknowledged batch is lost");
   std::cout << callers << " callers, 1 connection: " << acknowledged.size() << " batches acknowledged, " << found.size()
-            << " found, none twice\n";
-  if (!command.empty()) std::cout << "calls that got an error and were repeated: " << errors << '\n';
+            << " found, no duplicates\n";
+  if (!command.empty()) std::cout << "calls that failed and were retried: " << errors << '\n';
   check(command.empty() || errors > 0, "no call noticed the restart");
 }
 
@@ -213,9 +215,9 @@ void undo_and_redo(PgOpLogBackend log) {
   check(need(log.append({"a"}, "1")) == 1 && need(log.append({"b"}, "2")) == 2, "the first numbers are not 1 and 2");
   check(need(log.append({"a"}, "1")) == 1, "an id has more than one batch");
   show("append a, b, and a again");
-  check(need(log.undo()) == 2 && need(log.undo()) == 1 && !need(log.undo()), "undo took another batch");
+  check(need(log.undo()) == 2 && need(log.undo()) == 1 && !need(log.undo()), "undo chose the wrong batch");
   show("undo all");
-  check(need(log.redo()) == 1, "redo took another batch");
+  check(need(log.redo()) == 1, "redo chose the wrong batch");
   show("redo");
   check(need(log.append({"c"}, "3")) == 3 && !need(log.redo()), "there was something to redo");
   show("append c");
@@ -224,13 +226,13 @@ void undo_and_redo(PgOpLogBackend log) {
 void run(int count, char** arguments) {
   const CommandLine line(
       count, arguments,
-      "Keeps logs of operations in PostgreSQL: appends from eight threads over one connection, and undoes and redoes.\n"
-      "A server to try it with: examples/serve postgres",
-      {connect_setting, {"restart", "COMMAND", "run this in the middle: \"examples/serve postgres --restart\""}});
+      "Keeps logs of operations in PostgreSQL: appends from eight threads over one connection, undoes and redoes.\n"
+      "To start a server for it: examples/serve postgres",
+      {connect_setting, {"restart", "COMMAND", "run this halfway: \"examples/serve postgres --restart\""}});
   pg::Settings settings;
   settings.conninfo = line["connect"];
   const PgClient client(settings, 1, 10s);
-  // Logs of this run alone, since another one may be under way.
+  // Each run has logs of its own, because runs may overlap.
   const std::string name = std::to_string(std::random_device()());
   for (const bool many : {false, true}) {
     PgOpLogBackend log(client, name + (many ? "-many" : "-undo"));

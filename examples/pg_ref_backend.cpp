@@ -52,7 +52,7 @@ class PgRefBackend final : public RefBackend {
     return client_.run("insert into runtime_bridge.refs values ($1, $2) on conflict (name) do update set value = $2",
                        name, value);
   }
-  // One statement, so that nobody comes between the comparison and the change.
+  // One statement, so that no other client can change the value between the comparison and the update.
   Outcome<bool> compare_and_set(const std::string& name, const std::optional<std::string>& expected,
                                 const std::string& value) override {
     return expected
@@ -91,7 +91,7 @@ const char* yes_or_no(bool yes) { return yes ? "yes" : "no"; }
 void five_operations(PgRefBackend refs, const std::string& folder) {
   const std::string main = folder + "main", topic = folder + "topic";
   need(refs.set(main, "a1"));
-  std::cout << "set main to a1, and get it: " << need(refs.get(main)).value_or("nothing") << '\n';
+  std::cout << "set main to a1, then get it: " << need(refs.get(main)).value_or("nothing") << '\n';
   const bool first = need(refs.compare_and_set(main, "a1", "b2")),
              second = need(refs.compare_and_set(main, "a1", "c3"));
   std::cout << "set it to b2 if it is a1: " << yes_or_no(first) << "; to c3 if it is a1: " << yes_or_no(second) << '\n';
@@ -105,7 +105,7 @@ void five_operations(PgRefBackend refs, const std::string& folder) {
   need(refs.remove(main));
 }
 
-/// In every other round the reference is absent at first.
+/// In every other round the reference does not exist at first.
 void race(PgRefBackend refs, const std::string& name) {
   constexpr int threads = 8, rounds = 60;
   std::optional<std::string> now;
@@ -113,7 +113,7 @@ void race(PgRefBackend refs, const std::string& name) {
     const auto mine = [&](int thread) { return std::to_string(round) + " by " + std::to_string(thread); };
     const std::vector<bool> won =
         from_threads(threads, [&](int i) { return need(refs.compare_and_set(name, now, mine(i))); });
-    check(std::ranges::count(won, true) == 1, "a round of the race has not exactly one winner");
+    check(std::ranges::count(won, true) == 1, "a round of the race does not have exactly one winner");
     now = need(refs.get(name));
     check(now == mine(static_cast<int>(std::ranges::find(won, true) - won.begin())), "the winner's value is not there");
     if (round % 2 == 1) check(need(refs.remove(name)), "the reference is gone"), now.reset();
@@ -122,16 +122,16 @@ void race(PgRefBackend refs, const std::string& name) {
   std::cout << "race: " << threads << " threads, " << rounds << " rounds, exactly one winner in each\n";
 }
 
-void side_by_side(const PgClient& client) {
+void concurrent_callers(const PgClient& client) {
   constexpr int callers = 4;
   const auto start = steady_clock::now();
   from_threads(callers, [&](int) { return need(client.run("select pg_sleep(0.25)")); });
   const auto elapsed = (steady_clock::now() - start) / 1ms;
   std::cout << "pg_sleep(0.25) from " << callers << " callers: " << elapsed << " ms\n";
-  check(elapsed < callers * 250 / 2, "the callers were not served side by side");
+  check(elapsed < callers * 250 / 2, "the calls did not run concurrently");
 }
 
-// Each round has the same calls both ways, one after the other, so that whatever else the machine does hits both.
+// Each round measures both ways, one after the other, so that other load on the machine affects both.
 void benchmark(const PgClient& client, const std::string& conninfo, int callers) {
   const char* const sql = "select $1::int8";
   using Samples = std::vector<double>;
@@ -139,7 +139,7 @@ void benchmark(const PgClient& client, const std::string& conninfo, int callers)
   const auto measure = [&](Samples& into, const std::function<std::function<void()>()>& connect) {
     const auto calls = [&](int) {
       const auto query = connect();
-      query();  // whatever is slow the first time
+      query();  // warm up
       Samples samples;
       for (int i = 0; i < 2000 / callers; ++i) {
         const auto start = steady_clock::now();
@@ -176,10 +176,9 @@ void benchmark(const PgClient& client, const std::string& conninfo, int callers)
 void run(int count, char** arguments) {
   const CommandLine line(
       count, arguments,
-      "Keeps references in PostgreSQL: sets, compares, lists and removes them, and races for one.\n"
-      "A server to try it with: examples/serve postgres",
-      {connect_setting,
-       {"benchmark", "", "measure a query through the bridge against PQexecParams: medians of a call"}});
+      "Keeps references in PostgreSQL: sets, compares, lists and removes them, from racing threads, too.\n"
+      "To start a server for it: examples/serve postgres",
+      {connect_setting, {"benchmark", "", "compare a query through the bridge with PQexecParams: median times"}});
   pg::Settings settings;
   settings.conninfo = line["connect"];
   const PgClient client(settings, 8, 30s);
@@ -190,11 +189,11 @@ void run(int count, char** arguments) {
     for (const int callers : {1, 8}) benchmark(client, settings.conninfo, callers);
     return;
   }
-  // Of this run alone: another one may be under way.
+  // Each run has names of its own, because runs may overlap.
   const std::string folder = std::to_string(std::random_device()()) + "/";
   five_operations(refs, folder);
   race(refs, folder + "race");
-  side_by_side(client);
+  concurrent_callers(client);
 }
 
 }  // namespace

@@ -39,9 +39,9 @@ using asio::awaitable;
 using std::chrono::milliseconds;
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Where the two worlds meet
+// The backend
 
-/// What an asynchronous function comes to, as the store says it.
+/// Turns what an asynchronous function returns or throws into the store's result.
 template <class T>
 awaitable<Outcome<T>> outcome_of(awaitable<T> task) {
   try {
@@ -63,16 +63,16 @@ class S3ObjectStore final : public ObjectStore {
  private:
   struct Shared {
     explicit Shared(const s3::Settings& settings) : bucket(curl::Client(bridge.get_executor()), settings) {}
-    // If the last copy was a task's, this is the worker: the bridge refuses to wait for itself, and need not.
+    // A task may own the last copy. This then runs on the worker, where block_on is refused and close() may be called.
     ~Shared() {
       if (!bridge.block_on([&] { bucket.close(); })) bucket.close();
     }
     runtime_bridge::RuntimeBridge bridge{{.start = runtime_bridge::Start::lazy}};
-    s3::Bucket bucket;  // declared last: its sockets must be gone before the bridge
+    s3::Bucket bucket;  // declared last: its sockets must be destroyed before the bridge
   };
 
   inline static const std::string folder = "objects/";
-  inline static const BackendError corrupt{BackendError::Corrupt, "the content is not what its address says"};
+  inline static const BackendError corrupt{BackendError::Corrupt, "the content does not match its address"};
   static std::string key(const std::string& address) { return folder + address; }
 
   static awaitable<std::string> put_stream(s3::Bucket& bucket, const s3::Content& content) {
@@ -89,8 +89,8 @@ class S3ObjectStore final : public ObjectStore {
  public:
   explicit S3ObjectStore(const s3::Settings& settings) : shared_(std::make_shared<Shared>(settings)) {}
 
-  // A task is over when block_on returns, so it may borrow from the caller's stack. The address is computed before, on
-  // the caller's own thread: the worker is for waiting.
+  // The task has ended when block_on returns, so it may refer to the caller's locals. The address is computed on the
+  // caller's thread, so that hashing does not delay other calls on the worker.
   Outcome<std::string> put(std::string_view content) override {
     const std::string address = s3::Sha256::of(content);
     const auto open = [&] { return curl::from_memory(content); };
@@ -114,11 +114,11 @@ class S3ObjectStore final : public ObjectStore {
     return call([&](s3::Bucket& bucket) { return bucket.remove(key(address)); });
   }
 
-  /// For content that is too large for memory. It is read twice: first for its address.
+  /// For content that is too large for memory. It is read twice: the first time to compute its address.
   Outcome<std::string> put(const s3::Content& content) {
     return call([&](s3::Bucket& bucket) { return put_stream(bucket, content); });
   }
-  /// The sink has all of the content before it turns out to be corrupt.
+  /// If the content is corrupt, this is only known after the sink has received all of it.
   Outcome<void> get(const std::string& address, const std::function<curl::Sink()>& open_sink) {
     const auto hash = call([&](s3::Bucket& bucket) { return bucket.get(key(address), open_sink); });
     if (!hash) return Failure(hash.error());
@@ -126,7 +126,7 @@ class S3ObjectStore final : public ObjectStore {
   }
   Outcome<void> create_bucket() { return call(&s3::Bucket::create); }
 
-  /// A copy whose calls take no longer than this.
+  /// A copy whose calls have this timeout.
   [[nodiscard]] S3ObjectStore with_timeout(milliseconds timeout) const {
     S3ObjectStore copy = *this;
     copy.timeout_ = timeout;
@@ -145,7 +145,7 @@ std::chrono::milliseconds since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - start);
 }
 
-/// The most memory that this process ever had, in KiB.
+/// The peak memory use of this process, in KiB.
 long peak_memory() {
   rusage usage{};
   getrusage(RUSAGE_SELF, &usage);
@@ -168,17 +168,17 @@ void small_objects(S3ObjectStore store) {
     std::cout << what << ": " << addresses.size() << " objects from 4 threads in " << since(start).count() << " ms\n";
   };
   for_each("put", [&](std::size_t i) { addresses[i] = need(store.put(content(i))); });
-  for_each("get, every byte as it was",
-           [&](std::size_t i) { check(need(store.get(addresses[i])) == content(i), "an object came back different"); });
-  check(need(store.has(addresses[7])) && listed() == std::ssize(addresses), "not all objects are there");
+  for_each("get and compare",
+           [&](std::size_t i) { check(need(store.get(addresses[i])) == content(i), "an object has changed"); });
+  check(need(store.has(addresses[7])) && listed() == std::ssize(addresses), "an object is missing");
   for_each("remove", [&](std::size_t i) { need(store.remove(addresses[i])); });
   check(!need(store.has(addresses[7])) && listed() == 0, "an object is still there");
   std::cout << "get of a removed object: " << store.get(addresses[7]).error().message << '\n';
 }
 
-/// Bytes that come out the same each time, so nobody need keep them.
+/// Gives the same bytes each time, so that the content need not be kept in memory.
 curl::Source generator(std::size_t size) {
-  std::string block(65'521, '\0');  // what divides no buffer's size
+  std::string block(65'521, '\0');  // does not divide any buffer's size
   std::ranges::generate(block, [engine = std::minstd_rand()]() mutable { return static_cast<char>(engine()); });
   return
       [block = std::move(block), size, sent = std::size_t{0}](std::span<char> room) mutable -> awaitable<std::size_t> {
@@ -196,10 +196,10 @@ void large_object(S3ObjectStore store, long memory_limit) {
   std::size_t received = 0;
   const auto count = [&](std::string_view piece) -> awaitable<void> { co_return void(received += piece.size()); };
   need(store.get(address, [&] { return count; }));
-  check(received == size, "not all of the large object came back");
+  check(received == size, "the large object has the wrong size");
   const long growth = (peak_memory() - before) / 1024;
-  std::cout << "streamed: 64 MiB up and down, with " << growth << " MiB of memory\n";
-  check(growth <= memory_limit, "that is more than it may take");
+  std::cout << "streamed: 64 MiB up and down; memory use grew by " << growth << " MiB\n";
+  check(growth <= memory_limit, "memory use grew by more than the limit");
 
   const auto slowly = [&](std::string_view piece) -> awaitable<void> {
     received += piece.size();
@@ -218,20 +218,18 @@ void large_object(S3ObjectStore store, long memory_limit) {
 void run(int count, char** arguments) {
   const CommandLine line(
       count, arguments,
-      "Puts objects into an S3 bucket from four threads, gets them back, lists and removes them; streams a large "
-      "one;\n"
-      "and aborts a transfer by a deadline. It makes the bucket if need be, and removes what it has put.\n\n"
-      "For a server to try it with: examples/serve s3. (That is s3rver 3.7.1, which looks at the form of a request "
-      "but\n"
-      "not at its signature, and ignores If-None-Match.)",
+      "Stores objects in an S3 bucket from four threads, reads, lists and removes them, streams a large one, and\n"
+      "aborts a transfer by a deadline. It creates the bucket if necessary, and removes what it has stored.\n\n"
+      "To start a server for it: examples/serve s3. (That is s3rver 3.7.1, which checks the form of a request but not\n"
+      "its signature, and ignores If-None-Match.)",
       {{"endpoint", "URL", "the server", "http://127.0.0.1:4568", {"AWS_ENDPOINT_URL"}},
        {"region", "NAME", "its region", "us-east-1", {"AWS_REGION", "AWS_DEFAULT_REGION"}},
        {"bucket", "NAME", "the bucket", "runtime-bridge", {}},
-       {"key-id", "ID", "who asks", "S3RVER", {"AWS_ACCESS_KEY_ID"}},
-       {"secret", "TEXT", "the key with which requests are signed", "S3RVER", {"AWS_SECRET_ACCESS_KEY"}},
-       {"session-token", "TEXT", "of temporary credentials", "", {"AWS_SESSION_TOKEN"}},
-       {"memory", "MIB", "how much the large object may take", "16", {}}});
-  std::signal(SIGPIPE, SIG_IGN);  // see curl.hpp
+       {"key-id", "ID", "the access key ID", "S3RVER", {"AWS_ACCESS_KEY_ID"}},
+       {"secret", "TEXT", "the secret access key, which signs the requests", "S3RVER", {"AWS_SECRET_ACCESS_KEY"}},
+       {"session-token", "TEXT", "the session token of temporary credentials", "", {"AWS_SESSION_TOKEN"}},
+       {"memory", "MIB", "how much memory the large object may use", "16", {}}});
+  std::signal(SIGPIPE, SIG_IGN);  // required by curl.hpp
   S3ObjectStore store(
       {line["endpoint"], line["region"], line["bucket"], line["key-id"], line["secret"], line["session-token"]});
   need_server(store.create_bucket(), "S3 server at " + line["endpoint"], "s3");

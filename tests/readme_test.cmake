@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# The README's first C++ block is the heart of the main example, to the letter. Every other is in readme_test.cpp or in a
-# backend's support header, but for the indentation.
+# Checks that the README's first C++ block equals the marked part of examples/quickstart.cpp, and that every other block is
+# in readme_test.cpp or in a support header of the backends, apart from indentation.
 
 file(READ ${REPOSITORY}/README.md readme)
 file(READ ${REPOSITORY}/examples/quickstart.cpp example)
@@ -15,14 +15,14 @@ string(REGEX REPLACE "\n +" "\n" tests "${tests}")
 if(NOT example MATCHES "// \\[readme\\]\n(.*)// \\[/readme\\]")
   message(FATAL_ERROR "examples/quickstart.cpp has no [readme] marks")
 endif()
-set(heart "${CMAKE_MATCH_1}")
+set(marked "${CMAKE_MATCH_1}")
 
 set(blocks 0)
 while(readme MATCHES "```cpp\n([^`]*)```(.*)")
   set(block "${CMAKE_MATCH_1}")
   set(readme "${CMAKE_MATCH_2}")
   if(blocks EQUAL 0)
-    if(NOT block STREQUAL heart)
+    if(NOT block STREQUAL marked)
       message(FATAL_ERROR
         "README.md's first block differs from what examples/quickstart.cpp has between its [readme] marks")
     endif()
@@ -30,7 +30,7 @@ while(readme MATCHES "```cpp\n([^`]*)```(.*)")
     string(REGEX REPLACE "(^|\n) +" "\\1" block "${block}")
     string(FIND "${tests}" "\n${block}" position)
     if(position EQUAL -1)
-      message(FATAL_ERROR "this block of README.md is in no file that is compiled:\n${block}")
+      message(FATAL_ERROR "this block of README.md is not in any compiled file:\n${block}")
     endif()
   endif()
   math(EXPR blocks "${blocks} + 1")

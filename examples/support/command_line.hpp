@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Settings of an example program: from the command line, else from the environment, else a default.
+// Settings of an example program. A value comes from the command line, else from the environment, else from a default.
 
 #ifndef RUNTIME_BRIDGE_EXAMPLES_COMMAND_LINE_HPP
 #define RUNTIME_BRIDGE_EXAMPLES_COMMAND_LINE_HPP
@@ -16,24 +16,24 @@
 #include <string_view>
 #include <vector>
 
-/// A mistake of the user; what() is one sentence.
+/// A mistake in the arguments. what() is one sentence for the user.
 struct UsageError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-/// One `--name VALUE`, or a `--name` alone where `value` is empty.
+/// An option `--name VALUE`, or a switch `--name` if `value` is empty.
 struct Setting {
   std::string name;
-  std::string value;                        ///< what --help calls the value; empty: a switch
+  std::string value;                        ///< the value's name in --help; empty for a switch
   std::string meaning;                      ///< one line for --help
-  std::string fallback = {};                ///< where neither the command line nor the environment has it
-  std::vector<std::string> variables = {};  ///< of the environment; the first that is set and not empty counts
+  std::string fallback = {};                ///< if neither the command line nor the environment sets it
+  std::vector<std::string> variables = {};  ///< environment variables; the first one that is not empty is used
 };
 
-/// Not synchronised: read the settings before the first thread is made.
+/// Not thread-safe to construct: it calls getenv, so create it before the first thread.
 class CommandLine {
  public:
-  /// Prints the help and exits if that is what is asked for. Throws UsageError for what it does not know.
+  /// With --help, prints the help and exits. Throws UsageError for arguments that it does not know.
   CommandLine(int count, char** arguments, const std::string& about, const std::vector<Setting>& settings) {
     std::vector<option> options;
     for (const Setting& setting : settings) {
@@ -43,7 +43,7 @@ class CommandLine {
     options.push_back({"help", no_argument, nullptr, 'h'});
     options.push_back({});
 
-    opterr = 0;  // the error is an exception, not a line of getopt's
+    opterr = 0;  // getopt must not print errors: they are thrown
     for (int found = 0, index = 0; (found = getopt_long(count, arguments, ":", options.data(), &index)) != -1;) {
       if (found == 'h') {
         print_help(arguments[0], about, settings);
@@ -63,7 +63,7 @@ class CommandLine {
 
   bool has(const std::string& name) const { return !values_.at(name).empty(); }
 
-  /// A whole number from `least` to `most`.
+  /// The value as a whole number from `least` to `most`. Throws UsageError if it is not one.
   int number(const std::string& name, int least, int most) const {
     const std::string& text = values_.at(name);
     int value = 0;

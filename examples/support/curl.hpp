@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // An asynchronous HTTP client: libcurl's multi-socket interface on an Asio executor. Needs Asio >= 1.22.1 and
-// libcurl >= 7.75, and nothing else of this project.
+// libcurl >= 7.75, but no other file of this project.
 
 #ifndef RUNTIME_BRIDGE_EXAMPLES_CURL_HPP
 #define RUNTIME_BRIDGE_EXAMPLES_CURL_HPP
@@ -37,13 +37,13 @@
 #include <utility>
 #include <vector>
 
-/// *Threads.* A client and all that it does belong to one thread: the one that runs its executor, such as a bridge's
-/// worker. No locks, and nothing in here blocks that thread.
+/// *Threads.* Use a client, and everything that it gives out, only on the thread that runs its executor, such as a
+/// bridge's worker. There are no locks, and nothing in here blocks that thread.
 ///
-/// *Signals.* libcurl is told to leave them alone. With TLS a lost connection may raise SIGPIPE: ignore it.
+/// *Signals.* libcurl is set not to use signals. With TLS, a lost connection may raise SIGPIPE, so ignore that signal.
 namespace curl {
 
-/// A transfer that came to no answer. An answer is never an error, whatever its status.
+/// Thrown if a transfer gets no response. A response is never an error, whatever its status.
 class Error : public std::runtime_error {
  public:
   Error(CURLcode code, const std::string& text) : std::runtime_error(text), code_(code) {}
@@ -53,7 +53,7 @@ class Error : public std::runtime_error {
   CURLcode code_;
 };
 
-/// Sets an option of a transfer. libcurl takes the value through an ellipsis, so its type must be exactly right.
+/// Sets an option of a transfer. libcurl takes the value as a variadic argument, so its type must match exactly.
 template <class Value>
 requires(std::is_pointer_v<Value> || std::is_same_v<Value, long> ||
          std::is_same_v<Value, curl_off_t>) void set(CURL* easy, CURLoption option, Value value) {
@@ -61,14 +61,14 @@ requires(std::is_pointer_v<Value> || std::is_same_v<Value, long> ||
   if (code != CURLE_OK) throw Error(code, curl_easy_strerror(code));
 }
 
-/// Where a request's body comes from: puts the next bytes into the room and returns how many; 0 is the end.
+/// Gives a request's body: writes the next bytes to `room` and returns how many. 0 means the end.
 using Source = std::function<asio::awaitable<std::size_t>(std::span<char> room)>;
 
-/// Where an answer's body goes to. The next piece comes when this one has been dealt with: a slow sink slows the sender
-/// down, by way of TCP.
+/// Takes a response's body. It gets the next piece after it has finished with this one, so a slow sink makes the sender
+/// wait, through TCP's flow control.
 using Sink = std::function<asio::awaitable<void>(std::string_view piece)>;
 
-/// A source that reads text, which it borrows.
+/// A source that reads `text`, which must outlive it.
 inline Source from_memory(std::string_view text) {
   return [text](std::span<char> room) mutable -> asio::awaitable<std::size_t> {
     const std::size_t size = text.copy(room.data(), room.size());
@@ -81,27 +81,27 @@ struct Request {
   Request(std::string the_method, std::string the_url) : method(std::move(the_method)), url(std::move(the_url)) {}
 
   std::string method;
-  std::string url;                            ///< sent as it is: encode it
+  std::string url;                            ///< must be encoded already
   std::vector<std::string> headers = {};      ///< "Name: value"
-  std::uint64_t body_size = 0;                ///< what the source gives in all
-  std::function<Source()> open_body = {};     ///< called for each attempt; null from it: there can be no other
-  std::function<Sink()> open_sink = {};       ///< the same; gets the body if the status is 2xx, else Response does
-  std::function<void(CURL*)> configure = {};  ///< sets further options, by `set`
+  std::uint64_t body_size = 0;                ///< total size of what the source gives
+  std::function<Source()> open_body = {};     ///< called for each attempt; an empty Source means: do not retry
+  std::function<Sink()> open_sink = {};       ///< likewise; it gets the body of a 2xx, else Response does
+  std::function<void(CURL*)> configure = {};  ///< sets further options with `set`
 };
 
 struct Response {
   long status = 0;
-  std::string body = {};               ///< what did not go to a sink
-  std::chrono::seconds retry_after{};  ///< what the server asks for
+  std::string body = {};               ///< unless it went to a sink
+  std::chrono::seconds retry_after{};  ///< the server's Retry-After
 };
 
 struct Options {
   std::chrono::milliseconds connect_timeout{10'000};
-  std::chrono::seconds stall_timeout{30};  ///< not a byte for so long, through the server's fault, ends a transfer
-  long max_connections = 64;               ///< further transfers queue
-  std::size_t max_body = std::size_t{16} << 20U;  ///< of a Response
+  std::chrono::seconds stall_timeout{30};         ///< a transfer fails if the server stalls it for this long
+  long max_connections = 64;                      ///< further transfers wait in a queue
+  std::size_t max_body = std::size_t{16} << 20U;  ///< of a Response's body
   int max_attempts = 4;
-  std::chrono::milliseconds first_delay{100};  ///< before the second attempt; doubles with each
+  std::chrono::milliseconds first_delay{100};  ///< before the second attempt; doubles each time
   std::chrono::milliseconds max_delay{5'000};
 };
 
@@ -120,15 +120,16 @@ using Easy = std::unique_ptr<CURL, Calls<curl_easy_cleanup>>;
 using Multi = std::unique_ptr<CURLM, Calls<curl_multi_cleanup>>;
 using List = std::unique_ptr<curl_slist, Calls<curl_slist_free_all>>;
 
-/// Once, and for good: other parts of the program may be using libcurl until its very end.
+/// Initialises libcurl once and never cleans up: other parts of the program may use libcurl until it exits.
 inline void initialise() {
   static const CURLcode code = curl_global_init(CURL_GLOBAL_DEFAULT);
   if (code != CURLE_OK) throw Error(code, curl_easy_strerror(code));
 }
 
-/// Drives one multi handle. libcurl names the descriptors and the time to wait for; Asio waits; `act` tells libcurl.
+/// Drives one multi handle. libcurl says which descriptors and timeout to wait for, Asio waits for them, and `act`
+/// tells libcurl when they are ready.
 ///
-/// libcurl must not be called while it calls back. So the callbacks only take notes, and wake coroutines, which go on
+/// libcurl must not be called from its callbacks. So the callbacks only record events and wake coroutines, which resume
 /// later, from the executor's queue.
 class Driver : public std::enable_shared_from_this<Driver> {
  public:
@@ -154,7 +155,7 @@ class Driver : public std::enable_shared_from_this<Driver> {
   void remove(Transfer& transfer) noexcept;
   void close() noexcept;
 
-  /// How long to wait after an attempt. Half of it is chance, lest all clients come back at the same moment.
+  /// How long to wait after an attempt. Half of it is random, so that clients do not all retry at the same moment.
   std::chrono::milliseconds delay_after(int attempt) {
     std::chrono::milliseconds delay = options_.first_delay;
     for (int i = 1; i < attempt && delay < options_.max_delay; ++i) delay *= 2;
@@ -164,7 +165,7 @@ class Driver : public std::enable_shared_from_this<Driver> {
   }
 
  private:
-  /// A descriptor of libcurl's. It may be closed, and its number used for another, as soon as libcurl has said REMOVE.
+  /// A descriptor that libcurl owns. After REMOVE, libcurl may close it and the number may be reused.
   struct Socket {
     Socket(const asio::any_io_executor& executor, curl_socket_t number) : descriptor(executor, number) {}
     Socket(const Socket&) = delete;
@@ -173,12 +174,12 @@ class Driver : public std::enable_shared_from_this<Driver> {
 
     void release() noexcept {
       interest = CURL_POLL_NONE;
-      if (descriptor.is_open()) descriptor.release();  // which ends the waits, and leaves the closing to libcurl
+      if (descriptor.is_open()) descriptor.release();  // ends the waits; libcurl closes it
     }
 
     asio::posix::stream_descriptor descriptor;
     int interest = CURL_POLL_NONE;  // CURL_POLL_IN, CURL_POLL_OUT or both
-    int waits = CURL_POLL_NONE;     // likewise: what is being waited for
+    int waits = CURL_POLL_NONE;     // likewise, for the waits in progress
   };
 
   static int on_socket(CURL* easy, curl_socket_t number, int what, void* self, void* /*assigned*/) noexcept;
@@ -193,8 +194,8 @@ class Driver : public std::enable_shared_from_this<Driver> {
     return 0;
   }
 
-  // A timer that has gone off and waits in the queue cannot be taken back. libcurl looks at the clock itself, so one
-  // call too many does no harm. Zero goes through the queue like any other time, never straight back into libcurl.
+  // If the timer has expired and its handler is queued already, it cannot be cancelled. libcurl checks the time itself,
+  // so an extra call does no harm. Zero goes through the queue, too, because libcurl must not be called from here.
   void set_timer(long milliseconds) {
     timer_.cancel();
     if (milliseconds < 0) return;
@@ -207,7 +208,7 @@ class Driver : public std::enable_shared_from_this<Driver> {
 
   void watch(curl_socket_t number, int what) {
     if (what == CURL_POLL_REMOVE) {
-      // A wait that is over already and queued still has the socket, but finds nothing of interest.
+      // A wait whose handler is queued already keeps the Socket alive, but does nothing, as its `interest` is none.
       if (const auto found = sockets_.extract(number)) found.mapped()->release();
       return;
     }
@@ -218,7 +219,7 @@ class Driver : public std::enable_shared_from_this<Driver> {
     wait(socket, CURL_POLL_OUT);
   }
 
-  // Interest may come and go while a wait is pending: the wait stays, and what it finds is looked at when it ends.
+  // The interest may change while a wait is pending. The wait goes on, and its handler checks the interest.
   void wait(const std::shared_ptr<Socket>& socket, int direction) {
     if (!(socket->interest & direction) || (socket->waits & direction)) return;
     const bool in = direction == CURL_POLL_IN;
@@ -245,11 +246,11 @@ class Driver : public std::enable_shared_from_this<Driver> {
   asio::steady_timer timer_{executor_};
   std::map<curl_socket_t, std::shared_ptr<Socket>> sockets_;
   std::set<Transfer*> transfers_;
-  Multi multi_;  // null: closed. Declared last, since to clean it up may call back
+  Multi multi_;  // null: closed. Declared last, since its cleanup may call back into this object
 };
 
-/// One attempt at a request. It is libcurl's as long as this object lives, so that a coroutine which ends in whatever
-/// way (an answer, an exception, a cancellation, its destruction with its context) takes the transfer with it.
+/// One attempt at a request. Its destructor removes the transfer from libcurl. So the transfer ends with its coroutine,
+/// whether that gets a response, throws, is cancelled, or is destroyed with its context.
 class Transfer {
  public:
   Transfer(std::shared_ptr<Driver> driver, const Request& request, bool repeatable, Source source, Sink sink)
@@ -266,7 +267,7 @@ class Transfer {
     set(easy, CURLOPT_NOSIGNAL, 1L);
     set(easy, CURLOPT_URL, request.url.c_str());
     set(easy, CURLOPT_PATH_AS_IS, 1L);
-    // For HTTP/2, libcurl would go on receiving into memory while the transfer is paused.
+    // Not HTTP/2: libcurl would go on receiving into memory while the transfer is paused.
     set(easy, CURLOPT_HTTP_VERSION, static_cast<long>(CURL_HTTP_VERSION_1_1));
     set(easy, CURLOPT_CONNECTTIMEOUT_MS, static_cast<long>(options.connect_timeout.count()));
     set(easy, CURLOPT_LOW_SPEED_LIMIT, 1L);
@@ -274,7 +275,7 @@ class Transfer {
     set(easy, CURLOPT_WRITEFUNCTION, &Transfer::on_write);
     set(easy, CURLOPT_WRITEDATA, static_cast<void*>(this));
 #if LIBCURL_VERSION_NUM >= 0x075700
-    // Otherwise to abort a transfer that is looking up a name blocks until the look-up is over.
+    // Without this, aborting a transfer during a name look-up blocks until the look-up ends.
     set(easy, CURLOPT_QUICK_EXIT, 1L);
 #endif
 #if LIBCURL_VERSION_NUM >= 0x075500
@@ -282,7 +283,7 @@ class Transfer {
 #else
     set(easy, CURLOPT_PROTOCOLS, static_cast<long>(CURLPROTO_HTTP | CURLPROTO_HTTPS));
 #endif
-    // libcurl sends a request again by itself if a connection that it had kept turns out to be dead.
+    // libcurl resends a request on its own if a reused connection turns out to be dead.
     if (!repeatable) set(easy, CURLOPT_FRESH_CONNECT, 1L);
 
     if (request.method == "HEAD") {
@@ -290,7 +291,7 @@ class Transfer {
     } else {
       set(easy, CURLOPT_CUSTOMREQUEST, request.method.c_str());
     }
-    // These have a body even if it is empty, and say so.
+    // These methods send a Content-Length even if the body is empty.
     if (source_ || request.method == "PUT" || request.method == "POST" || request.method == "PATCH") {
       set(easy, CURLOPT_UPLOAD, 1L);
       set(easy, CURLOPT_INFILESIZE_LARGE, static_cast<curl_off_t>(size_));
@@ -317,7 +318,7 @@ class Transfer {
   }
   [[nodiscard]] CURL* easy() const noexcept { return easy_.get(); }
 
-  /// Feeds libcurl from the source, and the sink from libcurl, until the answer is complete.
+  /// Moves data from the source to libcurl, and from libcurl to the sink, until the response is complete.
   asio::awaitable<Response> run() {
     driver_->add(*this);
     std::string piece;
@@ -325,16 +326,16 @@ class Transfer {
       if (!received_.empty()) {
         std::swap(piece, received_);
         received_.clear();
-        pause(CURLPAUSE_CONT);  // libcurl receives the next piece while the sink is busy with this one
+        pause(CURLPAUSE_CONT);  // libcurl may receive the next piece while the sink uses this one
         co_await sink_(piece);
       } else if (hungry_) {
-        pause(CURLPAUSE_ALL);  // receiving too: else a slow source would be taken for a stalled server
+        pause(CURLPAUSE_ALL);  // receiving, too, or a slow source would look like a stalled server
         buffer_.resize(buffer_size);
         buffer_.resize(co_await source_(buffer_));
         taken_ += buffer_.size();
-        // libcurl would leave the server waiting for the rest, or send more than it has announced.
+        // libcurl would leave the server waiting for the rest, or send more than the announced size.
         if (taken_ > size_ || (buffer_.empty() && taken_ < size_)) {
-          throw Error(CURLE_BAD_FUNCTION_ARGUMENT, "the source does not give as much as the request's body_size");
+          throw Error(CURLE_BAD_FUNCTION_ARGUMENT, "the source gives more or less than the request's body_size");
         }
         hungry_ = false;
         pause(CURLPAUSE_CONT);
@@ -350,7 +351,7 @@ class Transfer {
     co_return std::move(response_);
   }
 
-  /// The end, from libcurl or from the driver.
+  /// Called by libcurl or the driver when the transfer has ended.
   void finish(CURLcode code, const char* why = nullptr) noexcept {
     if (over_) return;
     over_ = true;
@@ -361,7 +362,8 @@ class Transfer {
 
  private:
   static constexpr std::size_t buffer_size = 64 * std::size_t{1024};
-  static_assert(buffer_size >= CURL_MAX_WRITE_SIZE, "a piece that is refused comes again whole");
+  static_assert(buffer_size >= CURL_MAX_WRITE_SIZE,
+                "libcurl repeats a refused piece, so it must fit into an empty buffer");
 
   static std::size_t on_write(const char* data, std::size_t /*one*/, std::size_t size, void* self) noexcept {
     return static_cast<Transfer*>(self)->receive({data, size});
@@ -376,9 +378,9 @@ class Transfer {
     if (to_sink && received_.size() + data.size() > buffer_size) return CURL_WRITEFUNC_PAUSE;
     try {
       if (!to_sink && destination.size() + data.size() > driver_->options().max_body) {
-        finish(CURLE_FILESIZE_EXCEEDED, "the answer is longer than what is kept in memory");
+        finish(CURLE_FILESIZE_EXCEEDED, "the response is larger than max_body");
       }
-      if (over_) return 0;  // any other number than the size ends the transfer
+      if (over_) return 0;  // a number other than the size ends the transfer
       destination.append(data);
     } catch (const std::exception& e) {
       finish(CURLE_OUT_OF_MEMORY, e.what());
@@ -409,7 +411,7 @@ class Transfer {
     return status;
   }
 
-  // For the coroutine alone, never in a callback: this goes into libcurl, which may then call back.
+  // Only for the coroutine, not for callbacks: this calls libcurl, which may call back.
   void pause(int what) {
     if (over_) return;
     const CURLcode code = curl_easy_pause(easy_.get(), what);
@@ -418,7 +420,7 @@ class Transfer {
 
   void wake() noexcept { wake_.cancel(); }
 
-  // What is waited for is looked at before, on the same thread: no waking is lost.
+  // No wake-up is lost, because the coroutine checks its state before it waits, on the thread that wakes it.
   asio::awaitable<void> wait() {
     std::error_code woken;
     co_await wake_.async_wait(asio::redirect_error(asio::use_awaitable, woken));
@@ -436,10 +438,10 @@ class Transfer {
   List headers_;
   Easy easy_{curl_easy_init()};
   std::string buffer_;       // from the source to libcurl
-  std::size_t given_ = 0;    // how much of it libcurl has
+  std::size_t given_ = 0;    // the part of it that libcurl has taken
   bool hungry_ = false;      // libcurl waits for the source
-  std::uint64_t taken_ = 0;  // from the source, in all
-  std::uint64_t size_;       // what it should come to
+  std::uint64_t taken_ = 0;  // total from the source
+  std::uint64_t size_;       // the expected total
   std::string received_;     // from libcurl to the sink
   Response response_;
   bool over_ = false;
@@ -450,7 +452,7 @@ inline int Driver::on_socket(CURL* easy, curl_socket_t number, int what, void* s
   try {
     static_cast<Driver*>(self)->watch(number, what);
   } catch (const std::exception& e) {
-    // libcurl would give up all transfers for good if it were told so. (Its own closing ones have no Transfer.)
+    // Do not return an error: libcurl would then fail all transfers. (A connection that it closes has no Transfer.)
     if (Transfer* transfer = Transfer::of(easy)) transfer->finish(CURLE_FAILED_INIT, e.what());
   }
   return 0;
@@ -491,7 +493,7 @@ inline void Driver::close() noexcept {
   timer_.cancel();
 }
 
-/// Whether the next attempt may fare better.
+/// Whether another attempt may succeed.
 inline bool is_passing(CURLcode code) noexcept {
   switch (code) {
     case CURLE_COULDNT_RESOLVE_HOST:
@@ -499,7 +501,7 @@ inline bool is_passing(CURLcode code) noexcept {
     case CURLE_SSL_CONNECT_ERROR:
     case CURLE_OPERATION_TIMEDOUT:
     case CURLE_SEND_ERROR:
-    case CURLE_SEND_FAIL_REWIND:  // libcurl wanted to send a body again by itself
+    case CURLE_SEND_FAIL_REWIND:  // libcurl tried to resend a body on its own
     case CURLE_RECV_ERROR:
     case CURLE_GOT_NOTHING:
     case CURLE_PARTIAL_FILE: return true;
@@ -542,27 +544,27 @@ inline asio::awaitable<Response> fetch(std::shared_ptr<Driver> driver, Request r
 
 }  // namespace detail
 
-/// An HTTP client that keeps its connections. Copies share them.
+/// An HTTP client that reuses its connections. Copies share them.
 ///
-/// Its last copy must be destroyed on the executor's thread, unless it was closed.
+/// Destroy the last copy on the executor's thread, unless the client was closed.
 class Client {
  public:
   explicit Client(asio::any_io_executor executor, Options options = {})
       : driver_(std::make_shared<detail::Driver>(std::move(executor), options)) {}
 
-  /// The answer to a request, whatever its status; throws `Error` if there is none.
+  /// Returns the response to a request, whatever its status. Throws `Error` if there is none.
   ///
-  /// After a 429, a 5xx or a lost connection it tries again, with growing delays, if nothing can be done twice by that:
-  /// the method is idempotent (not POST or PATCH), and the body and the sink can be opened again. A server that asks
-  /// for more than `max_delay` is not asked again.
+  /// After a 429, a 5xx (except 501) or a lost connection it retries with growing delays, if the request may safely be
+  /// repeated: the method is idempotent (not POST or PATCH), and the body and the sink can be opened again. It does not
+  /// retry if the server's Retry-After is longer than `max_delay`.
   ///
-  /// A source and a sink take at most five buffers of 64 KiB, libcurl's included. To cancel it
-  /// (or to destroy it) aborts the transfer at once, and closes its connection.
+  /// A source and a sink use at most five buffers of 64 KiB, including libcurl's own. Cancelling or destroying the
+  /// coroutine aborts the transfer at once and closes its connection.
   [[nodiscard]] asio::awaitable<Response> fetch(Request request) const {
     return detail::fetch(driver_, std::move(request));
   }
 
-  /// Aborts the transfers, each with an `Error`, and closes the connections. For the executor's thread.
+  /// Ends all transfers with an `Error` and closes the connections. Call it on the executor's thread.
   void close() const noexcept { driver_->close(); }
 
  private:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// PostgreSQL for Asio's coroutines: libpq's non-blocking interface, transactions, cancellation, and a pool.
-// Needs C++20, standalone Asio >= 1.22.1 and libpq; useful alone.
+// PostgreSQL for Asio's coroutines: libpq's non-blocking interface, transactions, cancellation, and a connection pool.
+// Needs C++20, standalone Asio >= 1.22.1 and libpq, but no other file of this project.
 
 #ifndef RUNTIME_BRIDGE_EXAMPLES_PG_HPP
 #define RUNTIME_BRIDGE_EXAMPLES_PG_HPP
@@ -43,38 +43,39 @@
 #include <utility>
 #include <vector>
 
-/// *Threads.* A connection, a pool, and what they give out are for one thread: the one that runs their executor. Calls
-/// of several coroutines go side by side there. Nothing blocks it, but libpq looks host names up with `getaddrinfo`:
-/// where that may be slow, give `hostaddr` in the connection string.
+/// *Threads.* Use a connection, a pool, and everything that they give out only on the thread that runs their executor.
+/// Coroutines run concurrently there. Nothing blocks that thread except that libpq resolves host names with
+/// `getaddrinfo`: if that may be slow, set `hostaddr` in the connection string.
 ///
-/// *Cancellation.* It is Asio's. A statement under way is cancelled at the server, and its end is waited for: if it was
-/// faster than the cancellation it has its result, else it throws `asio::error::operation_aborted` and has done
-/// nothing. A server that does not answer in `Settings::cancel_timeout` costs the connection.
+/// *Cancellation.* It works as in Asio. A running statement is cancelled at the server, and its end is waited for. If
+/// it ended before the cancellation, it returns its result; otherwise it throws `asio::error::operation_aborted` and
+/// has changed nothing. If the server does not react within `Settings::cancel_timeout`, the connection is closed.
 ///
-/// *Errors* are `pg::Error`. Values that are not there, or not of the type asked for, are standard exceptions.
+/// *Errors* are thrown as `pg::Error`. A missing value, or one of another type than requested, is a standard exception.
 namespace pg {
 
 using Clock = std::chrono::steady_clock;
 inline constexpr Clock::time_point no_deadline = Clock::time_point::max();
 
 struct Settings {
-  std::string conninfo;  ///< libpq's; what it leaves out comes from the environment: PGHOST, PGPORT, PGUSER, ...
+  std::string conninfo;  ///< libpq's connection string; defaults come from PGHOST, PGPORT, PGUSER, ...
   std::chrono::milliseconds connect_timeout{10'000};  ///< for all hosts together
-  std::chrono::milliseconds cancel_timeout{2'000};    ///< for the server to end a statement, or a transaction
+  std::chrono::milliseconds cancel_timeout{2'000};    ///< for the server to cancel a statement or roll back
 };
 
 class Error : public std::runtime_error {
  public:
   enum Kind {
-    statement,       ///< The server refused it. The connection is as good as before.
-    connection,      ///< There is no connection, or it broke. What a statement outside a transaction did is unknown.
-    commit_unknown,  ///< The connection broke during COMMIT: the transaction took effect as a whole, or not at all.
-    timeout,         ///< No connection was to be had before the deadline.
+    statement,   ///< The server refused it. The connection can still be used.
+    connection,  ///< There is no connection, or it was lost. Whether a statement outside a transaction took effect is
+                 ///< unknown.
+    commit_unknown,  ///< The connection was lost during COMMIT: the whole transaction took effect, or none of it.
+    timeout,         ///< There was no connection before the deadline.
     closed,          ///< The pool was closed.
   };
 
   Error(Kind kind, std::string_view text, std::string sqlstate = {}, std::string severity = {})
-      : std::runtime_error(text.empty() ? "the connection was closed under the statement" : one_line(text)),
+      : std::runtime_error(text.empty() ? "the connection was closed during the statement" : one_line(text)),
         kind_(kind),
         sqlstate_(std::move(sqlstate)),
         severity_(std::move(severity)) {}
@@ -84,7 +85,7 @@ class Error : public std::runtime_error {
 
   [[nodiscard]] Kind kind() const noexcept { return kind_; }
   [[nodiscard]] bool connection_lost() const noexcept { return kind_ == connection || kind_ == commit_unknown; }
-  [[nodiscard]] const std::string& sqlstate() const noexcept { return sqlstate_; }  ///< empty where libpq is the author
+  [[nodiscard]] const std::string& sqlstate() const noexcept { return sqlstate_; }  ///< empty for an error of libpq
   [[nodiscard]] const std::string& severity() const noexcept { return severity_; }  ///< ERROR, FATAL, PANIC, or empty
 
  private:
@@ -93,10 +94,10 @@ class Error : public std::runtime_error {
     return text == nullptr ? std::string() : text;
   }
 
-  /// libpq's own text for a terminal would quote the statement.
+  /// Not PQresultErrorMessage, which is made for terminals and quotes the statement.
   static std::string text(const PGresult* result) {
     const std::string message = field(result, PG_DIAG_MESSAGE_PRIMARY), detail = field(result, PG_DIAG_MESSAGE_DETAIL);
-    if (message.empty()) return PQresultErrorMessage(result);  // not the server's, but libpq's
+    if (message.empty()) return PQresultErrorMessage(result);  // an error of libpq, not of the server
     return field(result, PG_DIAG_SEVERITY) + ": " + message + (detail.empty() ? "" : "; ") + detail;
   }
 
@@ -124,7 +125,7 @@ class Bytes {
   std::string value;
 };
 
-/// Copies of the values of $1, $2, ...: text, numbers, `Bytes`; `std::nullopt` or an empty optional is null.
+/// Copies of the values of $1, $2, ...: text, numbers or `Bytes`. `std::nullopt` and an empty optional are null.
 class Parameters {
  public:
   template <class... Ts>
@@ -133,7 +134,7 @@ class Parameters {
     (add(values), ...);
   }
 
-  /// Queues the statement to be sent, parameters and all; libpq has copies then.
+  /// Queues the statement and its parameters for sending. libpq copies them.
   [[nodiscard]] bool send(PGconn* connection, const std::string& sql) const {
     std::vector<const char*> data;
     std::vector<int> lengths, formats;
@@ -155,9 +156,9 @@ class Parameters {
   void add(std::nullopt_t) { values_.push_back({std::nullopt, false}); }
   void add(const Bytes& bytes) { add(bytes.value, true); }
   void add(std::string_view text) {
-    // It would end there, silently.
+    // libpq would silently cut the text at the NUL.
     if (text.find('\0') != std::string_view::npos)
-      throw std::invalid_argument("pg: text with a NUL character, which PostgreSQL does not have; use pg::Bytes");
+      throw std::invalid_argument("pg: text with a NUL character, which PostgreSQL does not support; use pg::Bytes");
     add(text, false);
   }
   void add(const std::string& text) { add(std::string_view(text)); }
@@ -192,7 +193,7 @@ class Parameters {
   std::vector<Value> values_;
 };
 
-/// What a statement returned.
+/// The result of a statement.
 class Result {
  public:
   explicit Result(PGresult* result = nullptr) noexcept : result_(result, PQclear) {}
@@ -201,7 +202,7 @@ class Result {
   [[nodiscard]] int columns() const noexcept { return PQnfields(result_.get()); }
   [[nodiscard]] std::string_view command() const { return PQcmdStatus(result_.get()); }  ///< "UPDATE 1"
 
-  /// The number of rows that an INSERT, UPDATE, DELETE or SELECT was about.
+  /// The number of rows that an INSERT, UPDATE or DELETE changed, or that a SELECT returned.
   [[nodiscard]] long long affected() const {
     const std::string_view text = PQcmdTuples(result_.get());
     return text.empty() ? 0 : number<long long>(text);
@@ -213,7 +214,7 @@ class Result {
     return PQgetisnull(result_.get(), row, column) != 0;
   }
 
-  /// A value as `std::string`, number, bool or `Bytes`; as an optional of these where it may be null.
+  /// A value as a `std::string`, number, bool or `Bytes`; use a `std::optional` of these if it may be null.
   template <class T>
   [[nodiscard]] T get(int row, int column) const {
     constexpr auto is_optional = []<class U>(std::type_identity<std::optional<U>>) { return true; };
@@ -266,8 +267,8 @@ class Result {
   std::unique_ptr<PGresult, void (*)(PGresult*)> result_;
 };
 
-/// Sends cancel requests, one at a time, on a thread of its own: `PQcancel` blocks, and for ever if the server is
-/// frozen. The thread lives while there is something to send. Nobody waits for it, so it owns all that it touches.
+/// Sends cancel requests, one at a time, on a thread of its own, because `PQcancel` blocks, and for ever if the server
+/// is frozen. The thread runs while there are requests to send. It is never joined, so it owns everything that it uses.
 class Canceller : public std::enable_shared_from_this<Canceller> {
   struct Job {
     std::unique_ptr<PGcancel, void (*)(PGcancel*)> cancel;
@@ -275,10 +276,10 @@ class Canceller : public std::enable_shared_from_this<Canceller> {
   };
 
  public:
-  /// A request under way. Once this is gone the thread touches nothing of its maker.
+  /// A cancel request. After this is destroyed, the thread no longer calls `notify`.
   class Request {
    public:
-    /// `notify` is called on the thread, when the server has got the request or cannot be reached.
+    /// `notify` is called on the thread, once the server has the request or cannot be reached.
     Request(std::shared_ptr<Canceller> canceller, PGconn* connection, std::function<void()> notify)
         : canceller_(std::move(canceller)),
           job_(std::make_shared<Job>(Job{{PQgetCancel(connection), PQfreeCancel}, std::move(notify)})) {
@@ -292,7 +293,7 @@ class Canceller : public std::enable_shared_from_this<Canceller> {
       job_->notify = nullptr;
     }
 
-    /// Whether the server will hear of it no more. One that still waits for its turn is withdrawn.
+    /// True if the request will not reach the server any more. A request that is still queued is withdrawn.
     bool over() {
       const std::lock_guard lock(canceller_->mutex_);
       std::erase(canceller_->waiting_, job_);
@@ -309,11 +310,11 @@ class Canceller : public std::enable_shared_from_this<Canceller> {
     const std::lock_guard lock(mutex_);
     if (!running_) std::thread([self = shared_from_this()] { self->run(); }).detach();
     running_ = true;
-    waiting_.push_back(job);  // last: a job whose maker got an exception must not be sent
+    waiting_.push_back(job);  // last: if anything above throws, the job must not be sent
   }
 
   void run() {
-    sigset_t all;  // the program's handlers are for its own threads; and PQcancel may raise SIGPIPE
+    sigset_t all;  // signals are for the program's own threads, and PQcancel may raise SIGPIPE
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, nullptr);
 
@@ -325,12 +326,12 @@ class Canceller : public std::enable_shared_from_this<Canceller> {
       std::array<char, 256> error{};
       if (sending_->cancel) PQcancel(sending_->cancel.get(), error.data(), static_cast<int>(error.size()));
       lock.lock();
-      // Under the lock: the maker cannot go, nor the context that it is notified on, before this is through.
+      // Notify under the lock, which ~Request takes: so the connection and its context still exist.
       const auto sent = std::exchange(sending_, nullptr);
       if (!sent->notify) continue;
       try {
         sent->notify();
-      } catch (...) {  // no memory: the maker will not wait for ever
+      } catch (...) {  // no memory; the connection's wait has a timeout
       }
     }
     running_ = false;
@@ -342,12 +343,12 @@ class Canceller : public std::enable_shared_from_this<Canceller> {
   bool running_ = false;
 };
 
-/// A connection. One coroutine at a time may use it; a second one gets an error.
+/// A connection. Only one coroutine at a time may use it; a second one gets an error.
 class Connection : public std::enable_shared_from_this<Connection> {
   struct Private {};
 
  public:
-  /// Connects to the first host that lets it.
+  /// Connects to the first host that accepts.
   static asio::awaitable<std::shared_ptr<Connection>> open(
       asio::any_io_executor executor, Settings settings, Clock::time_point deadline = no_deadline,
       std::shared_ptr<Canceller> canceller = std::make_shared<Canceller>()) {
@@ -365,19 +366,20 @@ class Connection : public std::enable_shared_from_this<Connection> {
   Connection& operator=(const Connection&) = delete;
 
   ~Connection() {
-    // After a fork the server and the executor are the parent's: even to say goodbye to them would end its connection.
+    // After a fork, the connection and the executor belong to the parent. Closing the connection here would end it
+    // there.
     if (getpid() != owner_) (void)io_.release();
   }
 
-  /// Runs one statement, which gets the parameters as $1, $2, ... All is copied, so nothing needs to outlive the call.
+  /// Runs one statement with the parameters $1, $2, ... It copies its arguments, so they need not outlive the call.
   template <class... Ts>
   asio::awaitable<Result> query(std::string sql, const Ts&... parameters) {
     return run(std::move(sql), Parameters(parameters...), no_deadline, true);
   }
 
-  /// Runs `body(connection)`, which returns an awaitable, between BEGIN and COMMIT. If it throws, or is cancelled, the
-  /// transaction is rolled back; if that fails the connection is closed. (g++ 12: give `body` a name. It destroys
-  /// temporary lambdas in a `co_await` expression twice.)
+  /// Runs `body(connection)`, which returns an awaitable, between BEGIN and COMMIT. If it throws or is cancelled, the
+  /// transaction is rolled back; if that fails, the connection is closed. (With g++ 12, do not pass a temporary lambda
+  /// in a `co_await` expression: g++ 12 would destroy it twice.)
   template <class Body>
   std::invoke_result_t<Body&, Connection&> transaction(Body body) {
     using Value = typename std::invoke_result_t<Body&, Connection&>::value_type;
@@ -401,12 +403,12 @@ class Connection : public std::enable_shared_from_this<Connection> {
     if constexpr (!std::is_void_v<Value>) co_return std::move(*value);
   }
 
-  /// Whether there is nothing under way, neither a statement nor a transaction, and no sign of a broken connection.
+  /// True if no statement or transaction is in progress and the connection is not known to be lost.
   [[nodiscard]] bool idle() const noexcept {
     return is_open() && !io_->doomed && PQtransactionStatus(io_->libpq.get()) == PQTRANS_IDLE;
   }
 
-  /// `idle`, and looks whether the server has closed the connection meanwhile.
+  /// Like `idle`, but also checks whether the server has closed the connection.
   [[nodiscard]] bool usable() {
     if (!idle()) return false;
     pollfd server{PQsocket(io_->libpq.get()), POLLIN, 0};
@@ -428,22 +430,22 @@ class Connection : public std::enable_shared_from_this<Connection> {
  private:
   enum class Woken { ready, cancelled, late };
 
-  /// What must be left alone in a forked child.
+  /// Everything that a forked child must not touch.
   struct Io {
     explicit Io(asio::any_io_executor executor) : socket(executor), wake(executor), libpq(nullptr, PQfinish) {}
     Io(const Io&) = delete;
     Io& operator=(const Io&) = delete;
-    // The descriptor is libpq's to close.
+    // libpq closes the descriptor.
     ~Io() {
       if (socket.is_open()) socket.release();
     }
 
     asio::posix::stream_descriptor socket;
-    asio::steady_timer wake;  // what the coroutine waits for: it expires at a deadline, and events cancel it
+    asio::steady_timer wake;  // the coroutine waits for this: it expires at the deadline, and events cancel it
     std::unique_ptr<PGconn, void (*)(PGconn*)> libpq;
-    Result result;  // of the statement under way: its first error, or its last result
+    Result result;  // of the current statement: its first error, else its last result
     bool sending = false, awaiting_read = false, awaiting_write = false;
-    bool readable = false, event = false;  // events since they were last looked at
+    bool readable = false, event = false;  // events not handled yet
     bool doomed = false;                   // the server has announced that it will close the connection
   };
 
@@ -470,7 +472,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
     });
   }
 
-  /// Waits for one of the events asked for. Never throws for being cancelled once it has begun.
+  /// Waits for one of the requested events. Cancellation does not make it throw once it has started.
   asio::awaitable<Woken> wait(bool read, bool write, Clock::time_point until, bool heed_cancellation) {
     if (read) await(asio::posix::descriptor_base::wait_read, &Io::awaiting_read);
     if (write) await(asio::posix::descriptor_base::wait_write, &Io::awaiting_write);
@@ -482,7 +484,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
       io_->wake.expires_at(until);
       std::error_code error;
       co_await io_->wake.async_wait(asio::redirect_error(asio::use_awaitable, error));
-      // On a context that has been shut down all waits end at once, as if they had succeeded.
+      // After the context was shut down, every wait ends at once without an error.
       if (!error && Clock::now() < until) co_return Woken::late;
     }
   }
@@ -502,14 +504,14 @@ class Connection : public std::enable_shared_from_this<Connection> {
       const Woken woken = co_await wait(!write, write, deadline, true);
       if (woken == Woken::cancelled) throw std::system_error(asio::error::operation_aborted, "pg: connecting");
       if (woken == Woken::late) throw Error(Error::timeout, "the server did not answer in time");
-      release_socket();  // the next step may close the descriptor, and open another one for the next host
+      release_socket();  // the next step may close the descriptor and open one for the next host
       next = PQconnectPoll(libpq);
     }
     take_socket();
     if (PQsetnonblocking(libpq, 1) != 0) throw Error(Error::connection, PQerrorMessage(libpq));
   }
 
-  /// libpq would print notices. A server that shuts down announces it by one.
+  /// Keeps libpq from printing notices. A server that shuts down announces this in a notice.
   static void take_notice(void* io, const PGresult* notice) {
     const char* severity = PQresultErrorField(notice, PG_DIAG_SEVERITY_NONLOCALIZED);
     if (severity != nullptr && (severity == std::string_view("FATAL") || severity == std::string_view("PANIC")))
@@ -517,7 +519,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   }
 
   asio::awaitable<Result> run(std::string sql, Parameters parameters, Clock::time_point until, bool heed_cancellation) {
-    // Or every co_await throws once the caller is cancelled, while the statement is under way.
+    // Otherwise, after a cancellation, every co_await would throw while the statement still runs.
     const bool throws = co_await asio::this_coro::throw_if_cancelled();
     co_await asio::this_coro::throw_if_cancelled(false);
     bool sent = false, cancelled = false;
@@ -555,20 +557,20 @@ class Connection : public std::enable_shared_from_this<Connection> {
     io_->sending = true;
   }
 
-  /// Waits until the server is through with the statement.
+  /// Waits until the server has finished the statement.
   asio::awaitable<Woken> settle(Clock::time_point until, bool heed_cancellation) {
     for (Woken woken = Woken::ready;;) {
       if (collect()) co_return Woken::ready;
       if (woken != Woken::ready) co_return woken;
-      // While it is sent, too, the server must be read from: it may be waiting to get rid of what it says.
+      // Read while sending, too: the server may not read on until its own output has been read.
       woken = co_await wait(true, io_->sending, until, heed_cancellation);
     }
   }
 
-  /// Sends and receives what can be without waiting. True if the statement is over.
+  /// Sends and receives what is possible without waiting. True if the statement has ended.
   bool collect() {
     PGconn* const libpq = io_->libpq.get();
-    if (io_->sending) io_->sending = PQflush(libpq) == 1;  // a failure shows when reading
+    if (io_->sending) io_->sending = PQflush(libpq) == 1;  // reading reports a failure
     if (std::exchange(io_->readable, false)) PQconsumeInput(libpq);
     const bool broken = !is_open();
     if (broken) release_socket();  // libpq has closed it
@@ -583,8 +585,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
     return false;
   }
 
-  /// Has the server cancel the statement, and waits for the end of both, statement and request: a request that comes
-  /// late hits the next statement. Closes the connection if that takes too long.
+  /// Asks the server to cancel the statement. Waits until the statement and the request have both ended, because a late
+  /// request would cancel the next statement. Closes the connection if this takes too long.
   asio::awaitable<void> interrupt() {
     const Clock::time_point until = Clock::now() + settings_.cancel_timeout;
     Canceller::Request request(canceller_, io_->libpq.get(),
@@ -598,7 +600,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
     if (woken == Woken::late) close();
   }
 
-  /// Returns what the caller is to throw.
+  /// Returns the exception that the caller must throw, or null.
   asio::awaitable<std::exception_ptr> end_transaction(std::exception_ptr failure) {
     const auto cancellation = co_await asio::this_coro::cancellation_state;
     if (!failure && cancellation.cancelled() != asio::cancellation_type::none)
@@ -609,7 +611,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
       } else {
         const Result result = co_await run("commit", Parameters(), no_deadline, true);
         if (result.command() != "COMMIT")
-          throw Error(Error::statement, "rolled back at COMMIT, for a statement in the transaction had failed");
+          throw Error(Error::statement, "rolled back at COMMIT, because a statement in the transaction had failed");
       }
     } catch (const std::exception& e) {
       if (failure) {
@@ -629,15 +631,15 @@ class Connection : public std::enable_shared_from_this<Connection> {
   std::unique_ptr<Io> io_;
 };
 
-/// A number of connections, made when they are needed. It belongs to the executor's thread, too: `close` it there
-/// before it is destroyed elsewhere. (In a program that uses runtime_bridge: declare it after the bridge.)
+/// A pool of connections, which are opened when they are needed. Use it on the executor's thread only: before
+/// destroying it elsewhere, `close` it there. (In a program that uses runtime_bridge, declare it after the bridge.)
 ///
-/// A session's own state, such as SET, LISTEN or advisory locks, goes back to the pool with the connection.
+/// The session's state (SET, LISTEN, advisory locks) is not reset when a connection goes back to the pool.
 class Pool {
   struct Waiter;
 
   struct State {
-    /// Gives the right to a connection to whoever has waited longest.
+    /// Gives the right to one connection to the waiter that has waited longest.
     void pass_on() noexcept {
       if (waiters.empty()) {
         ++free;
@@ -653,7 +655,7 @@ class Pool {
     Settings settings;
     std::size_t free;
     std::shared_ptr<Canceller> canceller = std::make_shared<Canceller>();
-    std::vector<std::shared_ptr<Connection>> idle = {};  // never more than there are rights that nobody has
+    std::vector<std::shared_ptr<Connection>> idle = {};  // never more than there are unused rights
     std::deque<Waiter*> waiters = {};
     pid_t owner = getpid();
     bool closed = false;
@@ -664,7 +666,7 @@ class Pool {
     Waiter(State& s, Clock::time_point deadline) : state(s), timer(s.executor, deadline) { s.waiters.push_back(this); }
     Waiter(const Waiter&) = delete;
     Waiter& operator=(const Waiter&) = delete;
-    // A right that came too late, to a coroutine that has been cancelled or destroyed, is not lost.
+    // If the right was given to a coroutine that was then cancelled or destroyed, pass it on.
     ~Waiter() {
       if (granted) state.pass_on();
       std::erase(state.waiters, this);
@@ -692,7 +694,7 @@ class Pool {
   };
 
  public:
-  /// A connection on loan. It goes back when this dies; if it is not idle then, it is closed.
+  /// A borrowed connection. The destructor gives it back if it is idle, and closes it if not.
   class Lease {
    public:
     Lease(Permit permit, std::shared_ptr<Connection> connection) noexcept
@@ -707,27 +709,28 @@ class Pool {
     Connection* operator->() const noexcept { return connection_.get(); }
 
    private:
-    Permit permit_;  // dies last: who gets it next finds the connection
+    Permit permit_;  // destroyed last, so that the next owner finds the connection
     std::shared_ptr<Connection> connection_;
   };
 
   Pool(asio::any_io_executor executor, Settings settings, std::size_t size)
       : state_(std::make_shared<State>(State{std::move(executor), std::move(settings), size})) {
     if (size == 0) throw std::invalid_argument("pg: a pool of no connections");
-    state_->idle.reserve(size);  // so that giving back cannot fail
+    state_->idle.reserve(size);  // so that giving a connection back cannot throw
   }
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
   ~Pool() { close(); }
 
-  /// Waits for a connection, in order of arrival, and opens it if there is none. The deadline is for both.
+  /// Waits for a connection, in order of arrival, and opens one if none is idle. The deadline applies to both.
   [[nodiscard]] asio::awaitable<Lease> acquire(Clock::time_point deadline = no_deadline) const {
     return acquire_from(state_, deadline);
   }
 
-  /// Closes what is idle, and the rest when it comes back; who waits gets an error. May be called again.
+  /// Closes idle connections now and borrowed ones when they come back. Waiting callers get an error. May be called
+  /// again.
   void close() noexcept {
-    if (getpid() != state_->owner) return;  // after a fork all this is the parent's
+    if (getpid() != state_->owner) return;  // after a fork, the pool belongs to the parent
     state_->closed = true;
     state_->idle.clear();
     for (Waiter* waiter : std::exchange(state_->waiters, {})) waiter->timer.cancel();
@@ -753,7 +756,7 @@ class Pool {
       co_return Permit(std::move(state));
     }
     Waiter self(*state, deadline);
-    std::error_code waited;  // an abortion, if by the caller's cancellation or by whom this waits for
+    std::error_code waited;  // operation_aborted after a cancellation, pass_on or close
     co_await self.timer.async_wait(asio::redirect_error(asio::use_awaitable, waited));
     if (std::exchange(self.granted, false)) co_return Permit(std::move(state));
     if (state->closed) throw Error(Error::closed, "the pool was closed");

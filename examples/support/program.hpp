@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the example programs have in common, beside their settings.
+// Shared by the example programs, apart from their settings.
 
 #ifndef RUNTIME_BRIDGE_EXAMPLES_PROGRAM_HPP
 #define RUNTIME_BRIDGE_EXAMPLES_PROGRAM_HPP
@@ -23,14 +23,15 @@ inline void check(bool condition, const std::string& otherwise) {
   if (!condition) throw std::runtime_error(otherwise);
 }
 
-/// The value, or the error as an exception.
+/// Returns the value, or throws the error.
 template <class T>
 T need(Outcome<T> outcome) {
   if (!outcome) throw std::runtime_error(outcome.error().message);
   if constexpr (!std::is_void_v<T>) return *std::move(outcome);
 }
 
-/// For the first call. `kind` is what examples/serve calls the server.
+/// Checks the outcome of the first call: if the server is unavailable, the error says how to start one. `kind` is the
+/// argument of examples/serve.
 template <class T>
 void need_server(const Outcome<T>& outcome, const std::string& server, const std::string& kind) {
   if (outcome || outcome.error().kind != BackendError::Unavailable) return void(need(outcome));
@@ -39,9 +40,9 @@ void need_server(const Outcome<T>& outcome, const std::string& server, const std
 }
 
 inline const Setting connect_setting{"connect", "CONNINFO",
-                                     "libpq's connection string; what it leaves out comes from PGHOST, PGPORT, ..."};
+                                     "libpq connection string; defaults come from PGHOST, PGPORT, ..."};
 
-/// Calls the function with 0, 1, ... from as many threads at the same moment, and returns their results.
+/// Calls the function with 0, 1, ..., each in a thread of its own, all at the same moment. Returns the results.
 template <class Function>
 auto from_threads(int count, Function function) {
   using Value = std::invoke_result_t<Function&, int>;
@@ -55,7 +56,7 @@ auto from_threads(int count, Function function) {
         return function(i);
       }));
     } catch (...) {
-      start.count_down(count - i);  // the others must not wait for this one
+      start.count_down(count - i);  // release the threads that already wait
       throw;
     }
   }
@@ -68,7 +69,8 @@ auto from_threads(int count, Function function) {
   }
 }
 
-/// The whole of main(): what is wrong becomes one sentence, and 2 for a mistake in the arguments, else 1.
+/// The body of main(). Prints an exception's text on one line, and returns 2 for a UsageError, 1 for any other
+/// exception.
 template <class Function>
 int run_program(const std::string& name, Function function) {
   try {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// An asynchronous client of a bucket of Amazon S3, or its like, over curl.hpp. libcurl signs the requests (AWS
-// Signature Version 4), OpenSSL hashes.
+// An asynchronous client for one bucket of Amazon S3 or a compatible server, built on curl.hpp. libcurl signs the
+// requests (AWS Signature Version 4), and OpenSSL computes the hashes.
 
 #ifndef RUNTIME_BRIDGE_EXAMPLES_S3_HPP
 #define RUNTIME_BRIDGE_EXAMPLES_S3_HPP
@@ -34,11 +34,11 @@ struct Settings {
   std::string region;
   std::string bucket;
   std::string key_id, secret;
-  std::string session_token = {};  ///< of temporary credentials
-  int page_size = 1000;            ///< how many keys to ask for at a time
+  std::string session_token = {};  ///< for temporary credentials
+  int page_size = 1000;            ///< how many keys a list request asks for
 };
 
-/// An answer that says no. (No answer is a curl::Error.)
+/// The server sent an error status. (If it sent no response, that is a curl::Error.)
 class Error : public std::runtime_error {
  public:
   Error(long status, const std::string& text) : std::runtime_error(text), status_(status) {}
@@ -48,7 +48,7 @@ class Error : public std::runtime_error {
   long status_;
 };
 
-/// Something to be sent, perhaps too large for memory. It may be read more than once, since a lost request is repeated.
+/// Content to upload, which may be too large for memory. It may be read more than once, because requests are retried.
 struct Content {
   Content(std::uint64_t the_size, std::function<curl::Source()> the_open) : size(the_size), open(std::move(the_open)) {}
 
@@ -56,7 +56,7 @@ struct Content {
   std::function<curl::Source()> open;
 };
 
-/// The SHA-256 of what it is given.
+/// Computes a SHA-256.
 class Sha256 {
  public:
   Sha256() {
@@ -67,7 +67,7 @@ class Sha256 {
     if (EVP_DigestUpdate(context_.get(), bytes.data(), bytes.size()) != 1) throw std::bad_alloc();
   }
 
-  /// In hexadecimal, in small letters. Once.
+  /// Returns the hash in lower-case hexadecimal. Call it only once.
   [[nodiscard]] std::string finish() {
     std::array<unsigned char, 32> digest{};
     if (EVP_DigestFinal_ex(context_.get(), digest.data(), nullptr) != 1) throw std::bad_alloc();
@@ -92,18 +92,18 @@ class Sha256 {
   std::unique_ptr<EVP_MD_CTX, Free> context_{EVP_MD_CTX_new()};
 };
 
-/// The SHA-256 of all that a source gives.
+/// Returns the SHA-256 of everything that the source gives.
 inline asio::awaitable<std::string> hash_of(curl::Source source) {
   Sha256 hash;
   std::vector<char> room(64 * std::size_t{1024});
   while (const std::size_t size = co_await source(room)) {
     hash.update({room.data(), size});
-    co_await asio::post(asio::use_awaitable);  // to compute for long would hold up all else on this thread
+    co_await asio::post(asio::use_awaitable);  // let other work on this thread run
   }
   co_return hash.finish();
 }
 
-/// A sink that hashes what passes through it. It borrows the hash.
+/// Returns a sink that adds to the hash what passes through it. The hash must outlive it.
 inline curl::Sink hashing(Sha256& hash, curl::Sink sink) {
   if (!sink) return sink;
   return [&hash, sink = std::move(sink)](std::string_view piece) {
@@ -112,7 +112,7 @@ inline curl::Sink hashing(Sha256& hash, curl::Sink sink) {
   };
 }
 
-/// Encoded as AWS wants it, which is stricter than a URL needs.
+/// Percent-encodes the text by AWS's rules, which are stricter than those for URLs.
 [[nodiscard]] inline std::string encode(std::string_view text, std::string_view kept = "") {
   const std::string_view unreserved = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~";
   std::string encoded;
@@ -129,15 +129,16 @@ inline curl::Sink hashing(Sha256& hash, curl::Sink sink) {
   return encoded;
 }
 
-/// A request for an object, or for the bucket itself if the key is empty. Path-style, as every server understands it.
+/// Returns a request for an object, or for the bucket itself if the key is empty. URLs are path-style, which every
+/// server understands.
 ///
-/// `body_hash` is the SHA-256 of the body to be sent: the server checks the one against the other.
+/// `body_hash` is the SHA-256 of the body. The server compares it with the body that it receives.
 [[nodiscard]] inline curl::Request request(const Settings& settings, std::string method, std::string_view key,
                                            const std::map<std::string, std::string>& query = {},
                                            std::string body_hash = Sha256::of({})) {
   std::string url = settings.endpoint + '/' + encode(settings.bucket);
   if (!key.empty()) url += '/' + encode(key, "/");
-  // What is signed is the sorted query, each name with its "=". libcurl signs the query as it is (8.3 and later sort).
+  // The signature is made from the sorted query, in which each name has a "=". libcurl before 8.3 does not sort it.
   std::map<std::string, std::string> sorted;
   for (const auto& [name, value] : query) sorted[encode(name)] = encode(value);
   for (char separator = '?'; const auto& [name, value] : sorted) {
@@ -146,8 +147,8 @@ inline curl::Sink hashing(Sha256& hash, curl::Sink sink) {
   }
 
   curl::Request request(std::move(method), std::move(url));
-  // libcurl signs the headers that it is given here. It does not know the hash of a body that is streamed, and S3 wants
-  // it as a header of its own besides.
+  // libcurl also signs the headers that are set here. Set the hash, because libcurl does not know that of a streamed
+  // body, and S3 requires it as a header.
   request.headers.push_back("x-amz-content-sha256: " + std::move(body_hash));
   if (!settings.session_token.empty()) request.headers.push_back("x-amz-security-token: " + settings.session_token);
   request.configure = [provider = "aws:amz:" + settings.region + ":s3", id = settings.key_id,
@@ -159,7 +160,7 @@ inline curl::Sink hashing(Sha256& hash, curl::Sink sink) {
   return request;
 }
 
-/// The text of the first element of this name, as it stands; empty if there is none. Moves `xml` behind it.
+/// Returns the raw text of the first element with this name, or nothing if there is none. Advances `xml` past it.
 [[nodiscard]] inline std::string_view next_element(std::string_view& xml, std::string_view name) {
   const std::string open = '<' + std::string(name) + '>';
   const std::string close = "</" + std::string(name) + '>';
@@ -189,7 +190,7 @@ inline void append_utf8(std::string& text, std::uint32_t code) {
   add_rest(0);
 }
 
-/// The same text without XML's escapes.
+/// Replaces XML's character and entity references.
 [[nodiscard]] inline std::string unescape(std::string_view xml) {
   static const std::map<std::string_view, char> entities = {
       {"amp", '&'}, {"lt", '<'}, {"gt", '>'}, {"quot", '"'}, {"apos", '\''}};
@@ -214,10 +215,10 @@ inline void append_utf8(std::string& text, std::uint32_t code) {
   return text;
 }
 
-/// One answer to a ListObjectsV2.
+/// One response to ListObjectsV2.
 struct Page {
   std::vector<std::string> keys;
-  std::string next;  ///< the continuation-token of the next request; empty: this was the last page
+  std::string next;  ///< the continuation-token for the next page; empty if this is the last one
 };
 
 [[nodiscard]] inline Page read_page(std::string_view xml) {
@@ -231,16 +232,16 @@ struct Page {
   return page;
 }
 
-/// The objects of a bucket. Its functions throw s3::Error if the server refuses, curl::Error if there is no answer.
-/// They use the bucket until they are over.
+/// A bucket and its objects. The functions throw s3::Error if the server sends an error status, and curl::Error if
+/// there is no response. The bucket must outlive their coroutines.
 class Bucket {
  public:
   Bucket(curl::Client client, Settings settings) : client_(std::move(client)), settings_(std::move(settings)) {}
 
-  /// Makes the bucket, unless it is there.
+  /// Creates the bucket if it does not exist.
   asio::awaitable<void> create() {
     if (co_await exists({})) co_return;
-    // AWS puts a bucket into us-east-1 if it is told nothing, and refuses to be told that.
+    // Without a location, AWS uses us-east-1; it rejects us-east-1 as an explicit location.
     std::string place;
     if (settings_.region != "us-east-1") {
       place = "<CreateBucketConfiguration><LocationConstraint>" + settings_.region +
@@ -250,7 +251,7 @@ class Bucket {
     co_await put({}, std::move(content), Sha256::of(place));
   }
 
-  /// The hash is the SHA-256 of the content; the server refuses the content if it is not.
+  /// `hash` must be the SHA-256 of the content, or the server rejects the request.
   asio::awaitable<void> put(std::string key, Content content, std::string hash) {
     curl::Request request = s3::request(settings_, "PUT", key, {}, std::move(hash));
     request.body_size = content.size;
@@ -258,7 +259,7 @@ class Bucket {
     co_await answer(std::move(request));
   }
 
-  /// The content, however long it is.
+  /// Returns the content, however long it is.
   asio::awaitable<std::string> get(std::string key) {
     std::string content;
     const auto append = [&](std::string_view piece) -> asio::awaitable<void> {
@@ -267,19 +268,19 @@ class Bucket {
     };
     curl::Request request = s3::request(settings_, "GET", key);
     request.open_sink = [&] {
-      content.clear();  // each attempt begins anew
+      content.clear();  // each attempt starts from the beginning
       return append;
     };
     co_await answer(std::move(request));
     co_return content;
   }
 
-  /// Gives the SHA-256 of what went into the sink.
+  /// Writes the content to the sink and returns its SHA-256.
   asio::awaitable<std::string> get(std::string key, std::function<curl::Sink()> open_sink) {
     Sha256 hash;
     curl::Request request = s3::request(settings_, "GET", key);
     request.open_sink = [&] {
-      hash = {};  // each attempt begins anew
+      hash = {};  // each attempt starts from the beginning
       return hashing(hash, open_sink());
     };
     co_await answer(std::move(request));
@@ -292,10 +293,10 @@ class Bucket {
     co_return response.status != 404;
   }
 
-  /// No error if it is not there.
+  /// Removes an object. It is not an error if the object does not exist.
   asio::awaitable<void> remove(std::string key) { co_await answer(request(settings_, "DELETE", key)); }
 
-  /// All keys that begin so.
+  /// Returns all keys that start with the prefix.
   asio::awaitable<std::vector<std::string>> list(std::string prefix) {
     std::vector<std::string> keys;
     std::map<std::string, std::string> query = {
@@ -309,7 +310,7 @@ class Bucket {
     co_return keys;
   }
 
-  /// Aborts what is under way and closes the connections. For the executor's thread.
+  /// Aborts all requests and closes the connections. Call it on the executor's thread.
   void close() noexcept { client_.close(); }
 
  private:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# What the README shows below the line "$ SHOWN" is what COMMAND prints, but for the numbers.
+# Checks that COMMAND prints what the README shows below the line "$ SHOWN", apart from the numbers.
 
 execute_process(COMMAND ${COMMAND} OUTPUT_VARIABLE output ERROR_VARIABLE errors RESULT_VARIABLE result)
 if(result EQUAL 77)
   message(FATAL_ERROR "skipped: ${errors}")
 elseif(NOT result EQUAL 0)
-  message(FATAL_ERROR "left with ${result}:\n${output}${errors}")
+  message(FATAL_ERROR "exited with ${result}:\n${output}${errors}")
 endif()
 
 file(READ ${README} readme)
@@ -21,6 +21,6 @@ foreach(text shown output)
   string(REGEX REPLACE "[0-9]+([.][0-9]+)?" "N" ${text}_words "${${text}}")
 endforeach()
 if(NOT shown_words STREQUAL output_words)
-  message(FATAL_ERROR "README.md shows:\n${shown}\nIt prints:\n${output}")
+  message(FATAL_ERROR "README.md shows:\n${shown}\nThe command prints:\n${output}")
 endif()
 message(STATUS "as README.md shows it:\n${output}")
