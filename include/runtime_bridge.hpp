@@ -2113,10 +2113,12 @@ class CoroutineCall final : public ResultCall<typename AwaitableTraits<Awaitable
 template <class Called>
 using TaskCall = std::conditional_t<is_awaitable<Called>, CoroutineCall<Called>, PlainCall<Called>>;
 
-/// Runs a task and waits for it: see `RuntimeBridge::block_on_until`.
+/// Runs a task and waits for it: see `RuntimeBridge::block_on_until`. Not inlined, so that call sites stay small.
 template <class Called, class Task, class Clock, class Duration>
-auto block_on(std::shared_ptr<Worker> worker, Task task, const std::chrono::time_point<Clock, Duration>& deadline,
-              const StopToken& stop) -> Result<typename TaskCall<Called>::Value> {
+[[gnu::noinline]] auto block_on(const std::shared_ptr<Worker>& bridge, Task task,
+                                const std::chrono::time_point<Clock, Duration>& deadline, const StopToken& stop)
+    -> Result<typename TaskCall<Called>::Value> {
+  const std::shared_ptr<Worker> worker = bridge;  // the bridge may be destroyed meanwhile
   TaskCall<Called> call(std::move(task));
   if (!worker) return failure(BridgeError::WorkerDead, "the bridge was moved from");
   if (auto refusal = worker->block(call, deadline, stop)) return unexpected<BridgeError>(*std::move(refusal));
@@ -2318,8 +2320,10 @@ class [[nodiscard]] JoinHandle {
     std::swap(joined_, taken.joined_);
     return *this;
   }
-  ~JoinHandle() {
-    if (joinable()) stop_and_wait();
+  [[gnu::noinline]] ~JoinHandle() {
+    if (!joinable()) return;
+    request_stop();
+    (void)wait_until((detail::SteadyTime::max)());
   }
 
   /// Whether there is a task to join.
@@ -2374,8 +2378,9 @@ class [[nodiscard]] JoinHandle {
 
   /// What `submit` does, for all tasks that give the same type. `own` gives the task to the call.
   template <class Called>
-  static JoinHandle submit(std::shared_ptr<detail::Worker> worker, void* task,
-                           void (*own)(detail::TaskCall<Called>& call, void* task)) {
+  [[gnu::noinline]] static JoinHandle submit(const std::shared_ptr<detail::Worker>& bridge, void* task,
+                                             void (*own)(detail::TaskCall<Called>& call, void* task)) {
+    std::shared_ptr<detail::Worker> worker = bridge;  // the bridge may be destroyed meanwhile
     auto call = std::make_shared<detail::TaskCall<Called>>();
     own(*call, task);
     if (!worker) {
@@ -2384,11 +2389,6 @@ class [[nodiscard]] JoinHandle {
       call->refuse(*std::move(refusal));
     }
     return {std::move(worker), std::move(call)};
-  }
-
-  void stop_and_wait() noexcept {
-    request_stop();
-    (void)wait_until((detail::SteadyTime::max)());
   }
 
   bool wait_until(detail::SteadyTime deadline) const {
