@@ -1089,6 +1089,7 @@ class SpinPolicy {
       return;
     }
     called_ = false;
+    rounds_ = 0;
     end_ = time_after(limit_);
     if (!std::exchange(polling_, true)) poll();
   }
@@ -1104,7 +1105,8 @@ class SpinPolicy {
     context_.post(memory_, [this] {
       if (stopped_) return;
       for (int i = 0; i < 32 && gate_.in_flight() == 0; ++i) pause();
-      if (gate_.in_flight() != 0) yield();
+      const std::size_t calls = gate_.in_flight();
+      if (calls > 1 || (calls == 1 && ++rounds_ > 4)) yield();  // a short call that is alone is over before that
       const bool awaited = !called_ || has_spinners();
       if (awaited && std::chrono::steady_clock::now() < end_) return poll();
       polling_ = false;
@@ -1139,6 +1141,7 @@ class SpinPolicy {
   Backoff polls_;
   HandlerMemory memory_;
   SteadyTime end_;
+  int rounds_ = 0;  // since then, with one call in flight
   bool polling_ = false;
   bool called_ = false;  // since polling began
   bool stopped_ = false;
