@@ -13,6 +13,13 @@ namespace {
 using std::chrono::steady_clock;
 using std::chrono::system_clock;
 
+/// Parks, and records that it was started and that it is gone.
+awaitable<void> park_and_record(bool& started, bool& gone) {
+  started = true;
+  const SetsFlag local{gone};
+  co_await park();
+}
+
 /// Parks until it is cancelled, and records that.
 awaitable<void> park_until_cancelled(bool& was_cancelled) {
   try {
@@ -81,11 +88,7 @@ TEST_CASE("deadline: the task is cancelled and waited for, and its exception is 
   RuntimeBridge bridge;
   bool started = false;
   bool gone = false;
-  const auto task = [&]() -> awaitable<void> {
-    started = true;
-    const SetsFlag local{gone};
-    co_await park();
-  };
+  const auto task = [&] { return park_and_record(started, gone); };
   const auto call = [&](std::chrono::milliseconds timeout) {
     const auto start = steady_clock::now();
     const auto result = bridge.block_on_for(task, timeout);
@@ -218,11 +221,7 @@ TEST_CASE("deadline: an exception of the clock leaves after the task is gone") {
   for (int n = 1; n <= 3; ++n) {
     bool started = false;
     bool gone = false;
-    const auto task = [&]() -> awaitable<void> {
-      started = true;
-      const SetsFlag local{gone};
-      co_await park();
-    };
+    const auto task = [&] { return park_and_record(started, gone); };
     BrokenClock::looks_left = n;
     CHECK_THROWS_WITH(bridge.block_on_until(task, BrokenClock::time_point(10s)), "no clock");
     CHECK(gone == started);
