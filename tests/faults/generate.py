@@ -146,6 +146,9 @@ class Header:
             if self.at(i) in ("public", "private", "protected") and self.at(i + 1) == ":":
                 i += 2
                 continue
+            if re.fullmatch(r"[A-Z_]{5,}", self.at(i)) and self.at(i + 1) == "(":  # a macro
+                i = self.partner[i + 1] + 1
+                continue
             stop = self.find(i, end, ";", "{")
             if stop == end:
                 return
@@ -297,7 +300,7 @@ class Header:
                 literal = self.at(i + 1) in ("true", "false")
                 if text == "return" and self.returns_bool and stop > i + 1 and not (deletable and literal):
                     self.negate(i + 1, stop)
-            elif text in ("static_assert", "using", "typedef", "template", "asm", "goto", "[["):
+            elif text in ("static_assert", "using", "typedef", "template", "asm", "goto", "[[", "assert") or re.search(r"::assert_|^assert_", text + self.at(i + 1) + self.at(i + 2)):
                 return stop + 1
             elif self.is_declaration(i, stop):
                 self.delete_guard(i, stop)
