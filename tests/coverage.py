@@ -9,10 +9,10 @@ instances of a line have are matched by their order, among instances that have a
 a call may end in, by return or by an exception; and what a process did that ended by a signal or, but for
 `in_child_process` in tests/support.hpp, by _exit.
 
-A line that the tests cannot cover is marked in the header, with the reason, by the usual comments at its end:
+A line that the tests cannot cover is marked in the header, with the reason, by a comment above it:
 
-  // LCOV_EXCL_LINE why      the line may be uncovered, and its branches too
-  // LCOV_EXCL_BR_LINE why   some of its branches may be
+  // Not covered: why.          the line may be uncovered, and its branches too
+  // Branch not covered: why.   some of its branches may be
 
 It is an error if other lines or branches are uncovered, and if a mark gives no reason. That a marked line is covered is
 none, because some are covered by luck. A branch of a line that was not run needs no mark of its own.
@@ -26,7 +26,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HEADER = ROOT / "include/runtime_bridge.hpp"
-MARK = re.compile(r"//.*?\bLCOV_EXCL_(BR_)?LINE\b:?[ ]*(.*)")
+MARK = re.compile(r"// (Not|Branch not) covered: ?(.*)")
 
 
 def decisions(branches):
@@ -88,15 +88,19 @@ def main(build):
     unexplained = uncovered | set(untaken)
     print("Marked as not covered:")
     for number, line in enumerate(header, 1):
-        mark = MARK.search(line)
+        mark = MARK.fullmatch(line)
         if not mark:
             continue
-        only_branches, why = mark.groups()
+        kind, why = mark.groups()
+        while header[number].startswith("//"):
+            number += 1
+        number += 1  # the first line after the comment
         if not why:
-            errors.append(f"{number}: the mark gives no reason: {line}")
-        if not only_branches or number not in uncovered:
-            unexplained.discard(number)
-        print(f"  {number}: {what(number)}: {line}")
+            errors.append(f"{number}: the mark gives no reason")
+        if kind == "Branch not" and number in uncovered:
+            continue
+        unexplained.discard(number)
+        print(f"  {number}: {what(number)}: {why}")
     for number in sorted(unexplained):
         errors.append(f"{number}: {what(number)}, and no mark says why: {header[number - 1]}")
 

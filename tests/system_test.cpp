@@ -566,7 +566,7 @@ TEST_CASE("system: a worker's thread_locals destroy its bridge and make calls", 
 // ---------------------------------------------------------------------------------------------------------------------
 // Libraries that are unloaded
 
-#ifdef PLUGIN  // tests/mutation has none
+#ifdef PLUGIN  // tests/faults has none
 namespace {
 
 class Library {
