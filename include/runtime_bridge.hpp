@@ -98,6 +98,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cassert>
@@ -1088,7 +1089,10 @@ class SpinPolicy {
   bool has_spinners() const noexcept { return spinners_.load(std::memory_order_relaxed) != 0; }
 
   /// Worker: a call has arrived.
-  void note_call() noexcept { called_ = true; }
+  void note_call() noexcept {
+    called_ = true;
+    lone_calls_ = gate_.in_flight() > 1 ? 0 : std::min(lone_calls_ + 1, 100);
+  }
 
   /// Worker: a caller that busy-waited has its result, and may soon call again. Do not sleep for a while.
   void stay_awake() noexcept {
@@ -1114,8 +1118,8 @@ class SpinPolicy {
     context_.post(memory_, [this] {
       if (stopped_) return;
       for (int i = 0; i < 32 && gate_.in_flight() == 0; ++i) pause();
-      const std::size_t calls = gate_.in_flight();
-      if (calls > 1 || (calls == 1 && ++rounds_ > 4)) yield();  // a short call that is alone is over before that
+      // After a long row of lone calls nobody needs the processor for the first rounds, while the next one runs.
+      if (gate_.in_flight() != 0 && (lone_calls_ < 100 || ++rounds_ > 4)) yield();
       const bool awaited = !called_ || has_spinners();
       if (awaited && std::chrono::steady_clock::now() < end_) return poll();
       polling_ = false;
@@ -1150,7 +1154,8 @@ class SpinPolicy {
   Backoff polls_;
   HandlerMemory memory_;
   SteadyTime end_;
-  int rounds_ = 0;  // since then, with one call in flight
+  int rounds_ = 0;      // since polling began, with a call in flight
+  int lone_calls_ = 0;  // in a row, at most 100
   bool polling_ = false;
   bool called_ = false;  // since polling began
   bool stopped_ = false;
