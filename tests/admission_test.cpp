@@ -49,7 +49,7 @@ TEST_CASE("admission: shutdown(cancel) reaches a call that is sent after it") {
     asio::steady_timer timer(bridge.get_executor(), 24h);
     auto parked = bridge.submit(timer.async_wait(asio::deferred));
     std::jthread shutter([&] { bridge.shutdown(Shutdown::cancel); });
-    CHECK(parked.wait_for(1h));  // the cancellation has come
+    CHECK(parked.wait_for(1h));  // all calls have been cancelled
     if (stopped) bridge.get_executor().context().stop();
     CHECK(caller.go_on() == (stopped ? response_lost : cancelled_unrun));
   }
@@ -81,7 +81,7 @@ TEST_CASE("admission: a wait for a task that has just ended leaves no wait recor
     about_to = true;
     return outcome(task.join());
   });
-  await_state([&] { return about_to && worker.sleeps(); });  // for the lock, as the task is not over
+  await_state([&] { return about_to && worker.sleeps(); });  // it waits for the lock, since the task is not over
   may_end.release();
   await_state([&] { return task.done(); });
   lock.unlock();

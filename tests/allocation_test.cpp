@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What happens without memory: whole scenarios are run again and again, and each time the next allocation fails, on
-// whatever thread it is, until one passes unharmed. No failure is silent, loses an answer, leaks or does harm to what
-// comes after it.
+// What happens without memory. Each scenario runs again and again, and in each run the next allocation fails, on any
+// thread, until a run needs no more allocations. No failure is silent, loses an answer, leaks, or harms what comes
+// after.
 
 #include <array>
 #include <atomic>
@@ -20,17 +20,16 @@ using runtime_bridge::Shutdown;
 
 namespace {
 
-// Asio has weak spots that no bridge can cover: without memory it ends the program
-//   - where it destroys a suspended coroutine, by posting it from a destructor,
-//   - before 1.23 also in the initiation of an operation that a coroutine waits for, and of the one with which a
-//     coroutine on any_io_executor starts,
-//   - in some versions where it makes the exception of a failed operation.
-// So the workers are spared there. Where an exception is thrown through its coroutines Asio destroys some, so a
-// lasting shortage leaves the workers the memory for that: frames and handlers.
+// Asio itself ends the program if it has no memory
+//   - to destroy a suspended coroutine, which it posts from a destructor,
+//   - before 1.23, to initiate an operation that a coroutine waits for, or to start a coroutine on any_io_executor,
+//   - in some versions, to make the exception of a failed operation.
+// So allocations of the workers do not fail there. When an exception passes through coroutines, Asio destroys some of
+// them, so in a lasting shortage the workers still get memory for frames and handlers.
 constexpr bool initiations_may_fail = ASIO_VERSION >= 102300;
 constexpr bool cancellations_may_fail = ASIO_VERSION < 103400;
 
-// And newer versions (1.36, not 1.30) lose a block where they run out of memory while they make an io_context.
+// Newer versions (1.36, not 1.30) leak a block if they run out of memory while they make an io_context.
 constexpr long lost_by_asio = ASIO_VERSION > 103002 ? 1 : 0;
 
 enum class Kind {
@@ -41,15 +40,15 @@ enum class Kind {
 #ifdef ASIO_HAS_STD_ALIGNED_ALLOC
 constexpr Kind kind_of_new = Kind::general;
 #else
-// With libc++ Asio takes all from operator new, so a lasting shortage leaves the workers everything.
+// With libc++ Asio uses operator new for everything, so a lasting shortage does not affect the workers.
 constexpr Kind kind_of_new = Kind::asio;
 #endif
 
 struct Shortage {
-  std::atomic<long> first{0};  // the allocation that fails; 0 if none is to
+  std::atomic<long> first{0};  // the number of the allocation that fails; 0: none
   std::atomic<bool> lasts{false};
   std::atomic<bool> workers_spared{false};
-  std::atomic<bool> frames_spared{false};  // those of the workers
+  std::atomic<bool> frames_spared{false};  // of the workers
   std::atomic<long> seen{0};
   std::atomic<long> hit{0};  // how many have failed
   std::atomic<long> on_workers{0};
@@ -64,7 +63,7 @@ struct Shortage {
   }
   void end() noexcept { first = 0; }
 
-  /// A step of the scenario is over, and with it the shortage, if it has begun.
+  /// Ends a step of the scenario, and the shortage if it has begun.
   void end_step() noexcept {
     workers_spared = false;
     if (hit != 0) end();
@@ -72,8 +71,8 @@ struct Shortage {
 };
 
 Shortage shortage;
-std::atomic<long> blocks{0};       // taken with operator new and not given back
-thread_local bool caller = false;  // else this thread is a worker
+std::atomic<long> blocks{0};       // allocated with operator new and not freed
+thread_local bool caller = false;  // or else this thread is a worker
 thread_local long failed_here = 0;
 
 bool Shortage::hits(Kind kind) noexcept {
@@ -106,7 +105,7 @@ void give_back(void* p) noexcept {
 
 }  // namespace
 
-// Not inlined: g++ would see only one half of a pair and warn of a mismatch. The other forms end up in these.
+// Not inlined, or g++ sees only one half of a pair and warns of a mismatch. All other forms call these.
 [[gnu::noinline]] void* operator new(std::size_t size) { return take_or_throw(size); }
 [[gnu::noinline]] void* operator new(std::size_t size, const std::nothrow_t&) noexcept { return take(size); }
 [[gnu::noinline]] void* operator new[](std::size_t size) { return take_or_throw(size); }
@@ -136,7 +135,7 @@ void give_back(void* p) noexcept {
 [[gnu::noinline]] void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { give_back(p); }
 [[gnu::noinline]] void operator delete[](void* p, std::align_val_t, const std::nothrow_t&) noexcept { give_back(p); }
 
-// And libc++ has it for exceptions only, with a reserve for when there is none: nothing fails.
+// libc++ uses aligned_alloc for exceptions only, and has a reserve for them: there nothing fails.
 #ifdef ASIO_HAS_STD_ALIGNED_ALLOC
 extern "C" void* aligned_alloc(std::size_t alignment, std::size_t size) noexcept {
   void* p = nullptr;
@@ -145,7 +144,7 @@ extern "C" void* aligned_alloc(std::size_t alignment, std::size_t size) noexcept
 }
 #endif
 
-// What Asio loses is counted above.
+// `lost_by_asio` counts what Asio leaks.
 extern "C" const char* __lsan_default_suppressions() { return "leak:asio::execution_context::execution_context"; }
 
 namespace {
@@ -161,7 +160,7 @@ bool is_bad_alloc(const std::exception_ptr& cause) noexcept {
   }
 }
 
-// How often a shortage was told: thrown, as the cause of an error, as an error code, or to the hook of a worker.
+// How often a shortage was reported: thrown, as the cause of an error, as an error code, or to a worker's hook.
 std::atomic<long> told{0};
 std::atomic<long> tasks_begun{0};
 
@@ -174,7 +173,7 @@ Options options(Start start = Start::eager) {
   return result;
 }
 
-/// A part of a task: what is alive of them must not outlive the call.
+/// A part of a task. None may outlive its call.
 struct Part {
   Part() noexcept { ++alive; }
   Part(const Part&) noexcept { ++alive; }
@@ -185,14 +184,14 @@ struct Part {
   static inline std::atomic<long> alive{0};
 };
 
-/// What a scenario goes through. It takes no memory, and so keeps its complaints for later.
+/// Collects the complaints of a scenario, for Catch2 to check later. It allocates nothing itself.
 class Scene {
  public:
   void expect(bool holds, const char* complaint) noexcept {
     if (!holds && count_ < complaints_.size()) complaints_.at(count_++) = complaint;
   }
 
-  /// Anything that throws std::bad_alloc if, and only if, there is no memory for it. True if there was.
+  /// Runs a step that must throw std::bad_alloc if and only if it has no memory. Returns whether it had.
   template <class Step>
   bool attempt(Step step) {
     const long before = failed_here;
@@ -209,7 +208,7 @@ class Scene {
     }
   }
 
-  /// A call, which must end as it does `undisturbed` unless a failure hits it, and leave nothing behind.
+  /// Makes a call. Unless an allocation fails it must satisfy `undisturbed`. It must leave nothing behind.
   template <class Undisturbed, class Call>
   void call(const RuntimeBridge& bridge, Undisturbed undisturbed, Call call) {
     const long on_workers = shortage.on_workers;
@@ -222,7 +221,7 @@ class Scene {
       expect(shortage.on_workers != on_workers, "an outcome that nothing explains");
       expect(!result.has_value() && result.error() == BridgeError::ResponseLost, "another error than ResponseLost");
       if (result.has_value() || is_bad_alloc(result.error().cause())) return;
-      // The exception went through Asio, past the coroutine.
+      // The exception went through Asio and did not reach the coroutine.
       expect(initiations_may_fail && !result.error().cause(), "ResponseLost for the wrong cause");
     });
     expect(was || tasks_begun == 0, "std::bad_alloc for a call that was");
@@ -230,7 +229,7 @@ class Scene {
     expect(Part::alive == alive, "something of the task outlives its call");
   }
 
-  /// Something that is not put to the test.
+  /// Runs a step in which no allocation fails.
   template <class Step>
   static void calmly(Step step) {
     const long first = shortage.first.exchange(0);
@@ -239,11 +238,11 @@ class Scene {
     shortage.first = first;
   }
 
-  /// A task whose end is told to nobody.
+  /// A failure in a task whose result is discarded is not reported.
   void not_told() noexcept { silent_ = true; }
   [[nodiscard]] bool silent() const noexcept { return silent_; }
 
-  /// The bridge works as ever.
+  /// Checks that the bridge still works.
   void works(const RuntimeBridge& bridge) {
     shortage.end();
     expect(bridge.block_on([] { return 1; }) == 1, "the bridge does not work any more");
@@ -262,15 +261,15 @@ class Scene {
   bool silent_ = false;
 };
 
-/// Lets the first allocation of the scenario fail, then the second and so on, until there is none left to fail: first
-/// that one alone, then with all others until the scenario's step is over. The scenario takes memory `at_least` so
-/// often.
+/// Runs the scenario with its first allocation failing, then its second, and so on until none is left. In the first
+/// round one allocation fails, in the second round also all later ones of the same step. The scenario must allocate
+/// more than `at_least` times.
 template <class Scenario>
 void sweep(long at_least, Scenario scenario, bool frames_spared = false) {
   caller = true;
   shortage.frames_spared = frames_spared;
   {
-    Scene calm;  // which also takes what is taken once
+    Scene calm;  // also makes the allocations that are made only once
     scenario(calm);
     REQUIRE(calm.complaints().empty());
   }
@@ -309,7 +308,7 @@ void sweep(long at_least, Scenario scenario, bool frames_spared = false) {
         }
       }
       if (hit == 0) {
-        CHECK(n > at_least);  // else it was not put to the test
+        CHECK(n > at_least);  // or else the test does not test
         break;
       }
       REQUIRE(n < 1000);
@@ -320,7 +319,7 @@ void sweep(long at_least, Scenario scenario, bool frames_spared = false) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Tasks
 
-// Before an operation of Asio is initiated.
+// To be called before an operation of Asio is initiated.
 void initiate() noexcept {
   if (!initiations_may_fail) shortage.workers_spared = true;
 }
@@ -361,16 +360,16 @@ asio::awaitable<int, Executor> fail([[maybe_unused]] Part part) {
   co_return 0;
 }
 
-/// Waits for its cancellation.
+/// Waits until it is cancelled.
 asio::awaitable<int, Plain> park([[maybe_unused]] Part part) {
   ++tasks_begun;
   Timer<Plain> timer(co_await asio::this_coro::executor, 24h);
-  shortage.workers_spared = true;  // what follows is Asio's error
+  shortage.workers_spared = true;  // from here Asio makes its exception
   co_await timer.async_wait(asio::use_awaitable_t<Plain>());
   co_return 0;
 }
 
-/// Undisturbed, the call gives this.
+/// The call must end like this.
 auto gives(int value) {
   return [value](const Result<int>& result) { return result.has_value() && *result == value; };
 }
@@ -491,7 +490,7 @@ TEST_CASE("allocation: cancelling allocates nothing") {
     const auto stopped = [&] { return b.block_on(asks_to_be_stopped, stop->get_token()); };
     scene.call(b, gives(BridgeError::Cancelled), stopped);
     stop->request_stop();
-    scene.call(b, gives(BridgeError::Cancelled), stopped);  // before it has begun
+    scene.call(b, gives(BridgeError::Cancelled), stopped);  // before the task starts
 
     const auto through_its_handle = [&] {
       auto handle = b.submit(parks);
@@ -559,7 +558,7 @@ TEST_CASE("allocation: calls from workers, and rings of bridges") {
     scene.call(a, gives(5), nested);
     scene.call(a, gives(7), nested_coroutine);
 
-    // Naming the ring takes memory, and a note that is not taken back would be a false alarm later.
+    // Naming the ring allocates. A wait record that is left behind would be a false alarm later.
     const auto refused = [](Result<int> result) {
       if (!gives(BridgeError::WouldDeadlock)(result)) (void)unwrap(std::move(result));
       return 1;
@@ -609,7 +608,7 @@ TEST_CASE("allocation: shutting down allocates nothing") {
     scene.call(b, over, under_a_call);
     scene.expect(b.shutdown(how), "a second shutdown has left calls");
 
-    // Memory is needed for the call all the same, and what is refused must be given back.
+    // A refused call still allocates, and must free what it allocated.
     const auto dead = gives(BridgeError::WorkerDead);
     scene.call(b, dead, [&] { return b.block_on([part] { return ++tasks_begun, 1; }); });
     scene.call(b, dead, [&] { return b.block_on(seven<Plain>(part)); });
@@ -652,7 +651,7 @@ TEST_CASE("allocation: destroying a bridge with calls in flight allocates nothin
     scene.expect(outcome(first.join()) == response_lost, "the first handle got another outcome");
     scene.expect(outcome(second.join()) == response_lost, "the second handle got another outcome");
   };
-  sweep(0, scenario, true);  // for Asio takes a frame's memory to destroy what is suspended
+  sweep(0, scenario, true);  // Asio allocates frames to destroy suspended coroutines
 }
 
 TEST_CASE("allocation: a bridge that is destroyed by its own task") {

@@ -9,14 +9,13 @@ instances of a line have are matched by their order, among instances that have a
 a call may end in, by return or by an exception; and what a process did that ended by a signal or, but for
 `in_child_process` in tests/support.hpp, by _exit.
 
-tests/coverage.txt explains what is not covered, by the text of the source:
+A line that the tests cannot cover is marked in the header, with the reason, by a comment above it:
 
-  a line of the header, or several that follow each other, so many that they are found there once only
-    1 line, 2 branches: why
+  // Not covered: why.          the line may be uncovered, and its branches too
+  // Branch not covered: why.   some of its branches may be
 
-It is an error if more lines or branches of them are not covered than that says, and if the lines are not in the header
-any more. That they are covered is none, for with some that is a matter of luck. A branch of a line that was not run
-needs no words of its own.
+It is an error if other lines or branches are uncovered, and if a mark gives no reason. That a marked line is covered is
+none, because some are covered by luck. A branch of a line that was not run needs no mark of its own.
 """
 import collections
 import json
@@ -27,7 +26,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 HEADER = ROOT / "include/runtime_bridge.hpp"
-EXPLANATIONS = ROOT / "tests/coverage.txt"
+MARK = re.compile(r"// (Not|Branch not) covered: ?(.*)")
 
 
 def decisions(branches):
@@ -71,18 +70,6 @@ def gather(build):
     return lines, branches
 
 
-def read_explanations():
-    """Of each: the lines of source, how many lines and branches of them may be uncovered, and why."""
-    blocks = re.split(r"\n\s*\n", re.sub(r"(?m)^#.*\n", "", EXPLANATIONS.read_text()).strip())
-    for block in filter(None, blocks):
-        source = [line.strip() for line in block.split("\n") if not line.startswith("  ")]
-        text = " ".join(line.strip() for line in block.split("\n") if line.startswith("  "))
-        match = re.fullmatch(r"(?:(\d+) lines?)?(?:, )?(?:(\d+) branch(?:es)?)?: (.+)", text)
-        if not match:
-            sys.exit(f"coverage.py: no explanation such as '1 line, 2 branches: why': {block}")
-        yield source, int(match[1] or 0), int(match[2] or 0), match[3]
-
-
 def main(build):
     header = [line.strip() for line in HEADER.read_text().split("\n")]
     lines, branches = gather(build)
@@ -92,29 +79,30 @@ def main(build):
         if number not in uncovered and 0 in counts:
             untaken[number] += counts.count(0)
 
-    def amount(number_of_lines, number_of_branches):
-        counted = [(number_of_lines, "line", "lines"), (number_of_branches, "branch", "branches")]
-        return ", ".join(f"{n} {one if n == 1 else many}" for n, one, many in counted if n) or "nothing"
+    def what(number):
+        if number in uncovered:
+            return "not run"
+        return f"{untaken[number]} branch{'' if untaken[number] == 1 else 'es'} never taken" if untaken[number] else "covered"
 
     errors = []
     unexplained = uncovered | set(untaken)
-    print("Not covered, of what may not be:")
-    for source, lines_allowed, branches_allowed, why in read_explanations():
-        places = [i for i in range(len(header)) if header[i:i + len(source)] == source]
-        if len(places) != 1:
-            errors.append(f"tests/coverage.txt: {len(places)} places in the header read: {' / '.join(source)}")
+    print("Marked as not covered:")
+    for number, line in enumerate(header, 1):
+        mark = MARK.fullmatch(line)
+        if not mark:
             continue
-        numbers = range(places[0] + 1, places[0] + 1 + len(source))
-        unexplained.difference_update(numbers)
-        lines_found = len(uncovered.intersection(numbers))
-        branches_found = sum(untaken[n] for n in numbers)
-        print(f"  {numbers[0]}: {source[0]}{' ...' if len(source) > 1 else ''}")
-        print(f"      {amount(lines_found, branches_found)} of {amount(lines_allowed, branches_allowed)}: {why}")
-        if lines_found > lines_allowed or branches_found > branches_allowed:
-            errors.append(f"{numbers[0]}: more is not covered than tests/coverage.txt explains: {source[0]}")
+        kind, why = mark.groups()
+        while header[number].startswith("//"):
+            number += 1
+        number += 1  # the first line after the comment
+        if not why:
+            errors.append(f"{number}: the mark gives no reason")
+        if kind == "Branch not" and number in uncovered:
+            continue
+        unexplained.discard(number)
+        print(f"  {number}: {what(number)}: {why}")
     for number in sorted(unexplained):
-        what = "not run" if number in uncovered else f"{amount(0, untaken[number])} never taken"
-        errors.append(f"{number}: {what}, and tests/coverage.txt does not say why: {header[number - 1]}")
+        errors.append(f"{number}: {what(number)}, and no mark says why: {header[number - 1]}")
 
     all_branches = [count for counts in branches.values() for count in counts]
     print(f"Lines: {len(lines) - len(uncovered)} of {len(lines)}. "

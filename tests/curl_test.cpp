@@ -26,7 +26,7 @@
 
 namespace {
 
-/// While it lives, whoever looks up this name waits.
+/// While it exists, look-ups of this name block.
 class SlowName {
  public:
   static constexpr const char* name = "slow.test";
@@ -48,7 +48,7 @@ class SlowName {
 
 }  // namespace
 
-// Before libc's own: libcurl's thread calls it.
+// Replaces libc's, which libcurl's thread calls.
 extern "C" int getaddrinfo(const char* node, const char* service, const addrinfo* hints, addrinfo** result) {
   if (node && std::strcmp(node, SlowName::name) == 0) {
     SlowName::look_up();
@@ -62,7 +62,7 @@ namespace {
 
 constexpr std::size_t mebibyte = std::size_t{1} << 20U;
 
-/// Tries again without delay, unless told otherwise.
+/// Retries almost at once, unless told otherwise.
 curl::Options quick() {
   curl::Options options;
   options.first_delay = 1ms;
@@ -70,7 +70,7 @@ curl::Options quick() {
   return options;
 }
 
-/// A bridge with a client on it.
+/// A bridge and a client on it.
 class Http {
  public:
   explicit Http(curl::Options options = quick()) : client(bridge.get_executor(), options) {}
@@ -94,7 +94,7 @@ class Http {
     }
   }
 
-  /// Whether a deadline ends the transfer, soon after it has passed.
+  /// Whether a deadline ends the transfer soon after it has passed.
   bool ends_in_time(const curl::Request& request) {
     const auto start = std::chrono::steady_clock::now();
     const auto result = bridge.block_on_for([&] { return client.fetch(request); }, 100ms);
@@ -112,7 +112,7 @@ curl::Request upload(const std::string& url, std::string_view text, const std::s
   return request;
 }
 
-/// A body that follows from its length, and a sink that looks whether that is what came.
+/// A body of this size with varying bytes.
 std::string pattern(std::size_t size) {
   std::string text(size, '\0');
   for (std::size_t i = 0; i < size; ++i) text[i] = static_cast<char>(i * 2654435761U >> 13U);
@@ -131,7 +131,7 @@ curl::Request download(const std::string& url, std::string& into) {
   return request;
 }
 
-/// A sink, and a source, that never come back.
+/// Transfers whose sink or source never returns.
 curl::Request stuck_download(const std::string& url) {
   curl::Request request("GET", url);
   request.open_sink = [] { return [](std::string_view) { return park(); }; };
@@ -149,7 +149,7 @@ curl::Request stuck_upload(const std::string& url) {
   return request;
 }
 
-/// A port to which nobody can connect, and where nobody is refused either: the queue of its listener is full.
+/// A port that neither accepts nor refuses connections: the queue of its listener is full.
 class FullPort {
  public:
   FullPort() {
@@ -187,7 +187,7 @@ awaitable<bool> never(Exchange& exchange) {
   co_return false;
 }
 
-/// Fails as often as it is told, in one way or another; what it then says is "hello".
+/// Fails the given number of times, and then answers "hello".
 class Flaky {
  public:
   enum How { with_503, with_501, by_hanging_up, by_hanging_up_half_way };
@@ -205,7 +205,7 @@ class Flaky {
     co_return false;
   }
 
-  std::string last_body;  // to be looked at when the answer has come
+  std::string last_body;  // to be read after the answer has come
 
  private:
   How how_;
@@ -247,7 +247,7 @@ TEST_CASE("curl: the request arrives as it was made, and the status is a value")
   CHECK(seen == "POST /  0 ");
   CHECK(http.fetch(upload(server.url(), "", "PUT")).body == "made");
   CHECK(seen == "PUT /  0 ");
-  CHECK(server.connections == 2);  // of which one for the POST, see below
+  CHECK(server.connections == 2);  // one of them for the POST, see below
 }
 
 TEST_CASE("curl: an answer in chunks") {
@@ -366,7 +366,7 @@ TEST_CASE("curl: many transfers share few connections, and time in the queue doe
   for (int i = 0; i < 100; ++i) {
     calls.push_back(http.bridge.submit([&] { return http.client.fetch({"GET", server.url()}); }));
   }
-  // Some of the queue go, and the others come all the same.
+  // Some leave the queue; the others are served all the same.
   for (int i = 0; i < 10; ++i) calls.pop_back();
   for (auto& call : calls) REQUIRE(unwrap(call.join()).body == "hello");
   CHECK(server.most_open == 4);
@@ -441,7 +441,7 @@ TEST_CASE("curl: a server that does not read pauses the source") {
   };
   auto call = http.bridge.submit([&] { return http.client.fetch(request); });
   std::size_t before = 0;
-  do {  // until it has come to a standstill. On a machine so slow that it only seems so, this test is less strict
+  do {  // until the transfer stands still; on a very slow machine it may only seem so, and the test is less strict
     before = given;
     std::this_thread::sleep_for(200ms);
   } while (given == 0 || given != before);
@@ -484,7 +484,7 @@ TEST_CASE("curl: a sink that does not take more pauses the server") {
   } while (sent == 0 || sent != before);
   CHECK(sent < 16 * mebibyte);
   CHECK(taken == 0);
-  // The worker is free meanwhile, and so are the client's other transfers.
+  // The worker is not blocked meanwhile.
   CHECK(http.bridge.block_on_for([] { return 1; }, 1s) == 1);
   unwrap(http.bridge.block_on([&] { gate.expires_after(0s); }));
   CHECK(unwrap(call.join()).status == 200);
@@ -493,7 +493,7 @@ TEST_CASE("curl: a sink that does not take more pauses the server") {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Trying again
+// Retries
 
 TEST_CASE("curl: idempotent requests are retried") {
   const auto how = GENERATE(Flaky::with_503, Flaky::by_hanging_up, Flaky::by_hanging_up_half_way);
@@ -615,7 +615,7 @@ TEST_CASE("curl: retry delays grow up to a limit, with jitter") {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The end of a transfer before its end
+// Transfers that are cut short
 
 TEST_CASE("curl: a deadline aborts a transfer in every state and closes its connection", "[timing]") {
   HttpServer silent(never);
@@ -644,7 +644,7 @@ TEST_CASE("curl: a deadline aborts a transfer in every state and closes its conn
     CHECK(http.get(server.url()).body == "hello");
   }
   await_state([&] { return server.open == 0 && busy_server.open == 0; });
-  CHECK(descriptors_of_this_process() <= before + 1);  // one half of a socket pair belongs to the thread that looks up
+  CHECK(descriptors_of_this_process() <= before + 1);  // one end of a socket pair belongs to the look-up thread
 }
 
 TEST_CASE("curl: a deadline aborts a transfer in a coroutine that does not throw when it is cancelled") {

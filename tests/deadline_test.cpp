@@ -13,7 +13,14 @@ namespace {
 using std::chrono::steady_clock;
 using std::chrono::system_clock;
 
-/// Parks until it is cancelled, and notes that.
+/// Parks, and records that it was started and that it is gone.
+awaitable<void> park_and_record(bool& started, bool& gone) {
+  started = true;
+  const SetsFlag local{gone};
+  co_await park();
+}
+
+/// Parks until it is cancelled, and records that.
 awaitable<void> park_until_cancelled(bool& was_cancelled) {
   try {
     co_await park();
@@ -57,7 +64,7 @@ struct BrokenClock : TestClock<BrokenClock, std::chrono::nanoseconds> {
   }
 };
 
-/// Calls with ever more time, until the task was started in time.
+/// Repeats the call with longer and longer timeouts, until its task was started in time.
 template <class Call>
 auto with_time_enough(Call call, const bool& started) {
   std::chrono::milliseconds timeout = 5ms;
@@ -81,11 +88,7 @@ TEST_CASE("deadline: the task is cancelled and waited for, and its exception is 
   RuntimeBridge bridge;
   bool started = false;
   bool gone = false;
-  const auto task = [&]() -> awaitable<void> {
-    started = true;
-    const SetsFlag local{gone};
-    co_await park();
-  };
+  const auto task = [&] { return park_and_record(started, gone); };
   const auto call = [&](std::chrono::milliseconds timeout) {
     const auto start = steady_clock::now();
     const auto result = bridge.block_on_for(task, timeout);
@@ -138,7 +141,7 @@ TEST_CASE("deadline: a task that ignores cancellation is waited for") {
   });
   await_state([&] { return bridge.block_on([&] { return ignores; }) == true; });
   SettableClock::milliseconds = std::chrono::milliseconds(2h).count();
-  std::this_thread::sleep_for(1500ms);  // the caller looks at that clock once a second
+  std::this_thread::sleep_for(1500ms);  // the caller reads that clock once a second
   CHECK_FALSE(returned);
   unwrap(bridge.block_on([&] { may_end = true; }));
   caller.join();
@@ -218,15 +221,11 @@ TEST_CASE("deadline: an exception of the clock leaves after the task is gone") {
   for (int n = 1; n <= 3; ++n) {
     bool started = false;
     bool gone = false;
-    const auto task = [&]() -> awaitable<void> {
-      started = true;
-      const SetsFlag local{gone};
-      co_await park();
-    };
+    const auto task = [&] { return park_and_record(started, gone); };
     BrokenClock::looks_left = n;
     CHECK_THROWS_WITH(bridge.block_on_until(task, BrokenClock::time_point(10s)), "no clock");
     CHECK(gone == started);
     CHECK(bridge.in_flight() == 0);
-    if (n == 1) CHECK_FALSE(started);  // the first look is before the call
+    if (n == 1) CHECK_FALSE(started);  // the clock is first read before the call
   }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Calls that would wait for themselves are refused, and only those.
+// Calls that would wait for themselves are refused. No others are.
 
 #include <atomic>
 #include <barrier>
@@ -55,7 +55,7 @@ TEST_CASE("deadlock: a ring of two and a ring of three") {
 }
 
 TEST_CASE("deadlock: a ring through a task that is suspended") {
-  // A waits for a task of B that is parked; meanwhile another task of B, from elsewhere, would wait for A.
+  // A waits for a suspended task of B. Meanwhile another task of B calls A.
   RuntimeBridge a, b;
   bool may_end = false;
   std::jthread caller([&] { unwrap(a.block_on([&] { unwrap(b.block_on(run_until(may_end))); })); });
@@ -87,8 +87,8 @@ TEST_CASE("deadlock: chains that share a bridge are not a ring") {
   CHECK(values == 2 * rounds);
 }
 
-// Race: A's worker was answered by B but has not woken yet. A note that A waits for B would be stale now, and a call of
-// B on A a false alarm.
+// Race: B has answered A's worker, which has not woken yet. If the wait record were still there, a call from B to A
+// would be a false alarm.
 TEST_CASE("deadlock: a wait that has just ended causes no false alarm") {
   RuntimeBridge a, b;
   for (int round = 0; round < 2'000; ++round) {
@@ -138,7 +138,7 @@ TEST_CASE("deadlock: a bridge may be destroyed while its worker waits for the de
   CHECK(b.block_on([] { return 3; }) == 3);
 }
 
-// A note of A that pointed to a bridge that is gone would be followed by whoever calls A.
+// If A's wait record pointed to the destroyed bridge, the next call on A would follow it.
 TEST_CASE("deadlock: a bridge that a task shut down and destroyed leaves no wait record") {
   RuntimeBridge a, c;
   unwrap(a.block_on([] {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The end of a bridge by its destructor, on or off its worker, and by someone who stops its context.
+// A bridge ends by its destructor, on or off its worker, or because its context is stopped.
 
 #include <asio/error.hpp>
 #include <atomic>
@@ -132,7 +132,7 @@ TEST_CASE("destructor: may run on the worker, in a task") {
     Outcome result;
     std::jthread caller([&result, owner = std::move(bridge)]() mutable {
       RuntimeBridge& same = *owner;
-      // The task holds the last reference, and goes on after it has let go.
+      // The task drops the last reference and goes on.
       const auto task = [&owner]() -> awaitable<int> {
         co_await asio::post(use_awaitable);
         owner.reset();
@@ -159,7 +159,7 @@ TEST_CASE("destructor: may run on the worker, in a task that waits afterwards") 
 TEST_CASE("destructor: may run on the worker, in a raw handler") {
   auto owner = std::make_unique<RuntimeBridge>();
   std::latch done(1);
-  // Posted by the worker: another thread could still be inside asio::post when the context dies.
+  // The worker posts it, since another thread could still be in asio::post when the context is destroyed.
   unwrap(owner->block_on([&] {
     asio::post(owner->get_executor(), [&] {
       owner.reset();
@@ -182,13 +182,13 @@ TEST_CASE("destructor: waits for a task that waits on another executor") {
     bridge.reset();
     gone = true;
   });
-  CHECK(outcome(parked.join()) == response_lost);  // so it was destroyed
-  std::this_thread::sleep_for(250ms);              // longer than a stop waits for a thread that it knows nothing of
+  CHECK(outcome(parked.join()) == response_lost);  // it was destroyed
+  std::this_thread::sleep_for(250ms);              // longer than a stop waits for an unknown thread
   CHECK_FALSE(gone);
   foreign.go_on();
   destroyer.join();
   caller.join();
-  CHECK(result == response_lost);  // for its I/O might have been cut off
+  CHECK(result == response_lost);  // its I/O might have been cut off
 }
 
 TEST_CASE("destructor: a task that comes back from another executor and runs on is destroyed") {
@@ -235,7 +235,7 @@ TEST_CASE("destructor: a task that survived a stop request and ends because the 
   auto parked = bridge->submit(park_stubbornly());
   await_calls(*bridge, 2);
   std::jthread destroyer([&] { bridge.reset(); });
-  CHECK(outcome(parked.join()) == response_lost);  // so it was destroyed
+  CHECK(outcome(parked.join()) == response_lost);  // it was destroyed
   foreign.go_on();
   CHECK(outcome(task.join()) == response_lost);
 }
@@ -278,7 +278,7 @@ TEST_CASE("destructor: a task that alternates between the worker and a pool ends
 }
 
 TEST_CASE("destructor: waits for a thread that is delayed while it posts a task back") {
-  // In the second round something is left on the context besides, which Asio cannot tell from that thread.
+  // In the second round something else is left on the context, which Asio cannot tell from that thread.
   for (const bool leftover : {false, true}) {
     std::thread foreign;
     std::latch answered(1);
@@ -305,8 +305,8 @@ TEST_CASE("destructor: waits for a thread that is delayed while it posts a task 
   }
 }
 
-// Race: what a coroutine waits for is destroyed by another thread, which makes Asio hand the coroutine back to be
-// destroyed here, while the worker runs others or is being stopped.
+// Race: another thread destroys what a coroutine waits for. Asio then posts the coroutine back to be destroyed here,
+// while the worker runs others or is being stopped.
 TEST_CASE("destructor: a coroutine that another thread destroys") {
   for (int round = 0; round < 100; ++round) {
     std::optional<RuntimeBridge> bridge(std::in_place);
@@ -337,12 +337,12 @@ TEST_CASE("destructor: a task with a stop request that another thread destroys i
   });
   await_calls(bridge, 1);
   task.request_stop();
-  unwrap(bridge.block_on([] {}));  // which is queued behind it
+  unwrap(bridge.block_on([] {}));  // queued behind the stop request
   elsewhere.reset();
   CHECK(outcome(task.join()) == response_lost);
 }
 
-// Race: pool threads hand tasks back to the context while the worker destroys what is parked on it.
+// Race: pool threads post tasks back to the context while the worker destroys what waits on it.
 TEST_CASE("destructor: races with completions on other threads", "[race]") {
   asio::thread_pool pool(2);
   for (int round = 0; round < 300; ++round) {
@@ -392,7 +392,7 @@ TEST_CASE("destructor: races with completion", "[race]") {
   }
 }
 
-// Race: admission, stray exceptions and context().stop(). No caller may be left waiting.
+// Race: admission, stray exceptions and context().stop(). Every caller gets an answer.
 TEST_CASE("context().stop(): races with admission and stray exceptions", "[race]") {
   for (int round = 0; round < 500; ++round) {
     RuntimeBridge bridge;
@@ -437,7 +437,7 @@ TEST_CASE("context().stop(): repeated, with stray exceptions, while the worker w
   };
   asio::post(bridge.get_executor(), again);
   const Outcome result = outcome(task.join());
-  CHECK((result == succeeded || result == response_lost));  // it may have come back while all was alive
+  CHECK((result == succeeded || result == response_lost));  // it may have come back in time
   CHECK(times == 10);
 }
 
@@ -473,14 +473,14 @@ awaitable<void> wait_until_and_on(std::chrono::steady_clock::time_point first) {
 
 }  // namespace
 
-// The model in tests/model found this one: the task became ready behind the step that all ready tasks are given, went
-// on after the services were shut down, and there an hour's wait was over at once.
+// Found by the model in tests/model: the task became ready after the loop had run all ready tasks. It went on after the
+// services were shut down, where an hour's wait ended at once.
 TEST_CASE("destructor: a timer that expires while the worker stops does not resume its task") {
   std::optional<RuntimeBridge> bridge(std::in_place);
   const auto due = std::chrono::steady_clock::now() + std::chrono::milliseconds(20);
   auto waiting = bridge->submit(wait_until_and_on(due));
   await_calls(*bridge, 1);
-  // The reactor learns nothing of the timer before the context has been stopped.
+  // The reactor does not see the timer before the context has been stopped.
   auto& context = bridge->get_executor().context();
   std::binary_semaphore started(0);
   auto busy = bridge->submit([&] {

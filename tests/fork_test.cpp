@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A forked child has the bridge's memory but not its worker: no call hangs there, no destructor joins a thread that is
-// not there.
+// A forked child has the bridge's memory but not its worker. There no call hangs, and no destructor joins a thread that
+// does not exist.
 
 #include <cstdlib>
 #include <memory>
@@ -20,7 +20,7 @@ const int fork_handlers_before_main = fork_handlers;
 
 }  // namespace
 
-/// In the place of the library's own.
+/// Replaces the C library's, to count the calls.
 extern "C" int pthread_atfork(void (*prepare)(), void (*parent)(), void (*child)()) noexcept {
   ++fork_handlers;
   return __register_atfork(prepare, parent, child, nullptr);
@@ -55,7 +55,7 @@ TEST_CASE("fork: from a task on the worker", "[child]") {
     });
   });
   CHECK(code == 0);
-  // A nested call takes the one lock that the fork has held.
+  // A nested call takes the lock that was held during the fork.
   CHECK(bridge->block_on([] { return RuntimeBridge().block_on([] { return 3; }).value_or(0); }) == 3);
 }
 
@@ -78,8 +78,8 @@ TEST_CASE("fork: the child of a child", "[child]") {
         }) == 0);
 }
 
-#ifndef _LIBCPP_VERSION  // with which it finds what the lost thread itself had
-// AddressSanitizer looks for leaks then.
+#ifndef _LIBCPP_VERSION  // with libc++ it reports what the lost thread owned
+// AddressSanitizer looks for leaks at exit.
 TEST_CASE("fork: the child may call exit", "[child]") {
   auto first = std::make_unique<RuntimeBridge>();
   auto second = std::make_unique<RuntimeBridge>(lazy());
@@ -93,14 +93,14 @@ TEST_CASE("fork: the child may call exit", "[child]") {
 #endif
 
 #ifdef __GLIBC__
-// Another thread that was just about to do something for the first time would never be through with it in the child.
+// If the first bridge registered them, and one thread did so while another forks, the child would wait for it forever.
 TEST_CASE("fork: the fork handlers are registered before main") {
   CHECK(RuntimeBridge().block_on([] { return 1; }) == 1);
   CHECK(fork_handlers == fork_handlers_before_main);
 }
 #endif
 
-#ifndef SANITIZED  // whose runtimes do not survive a fork of a busy process, and take that worker for leaked
+#ifndef SANITIZED  // the runtimes do not survive a fork of a busy process, and report that worker as leaked
 TEST_CASE("fork: a worker that ended by itself and was not joined", "[child]") {
   auto bridge = std::make_unique<RuntimeBridge>();
   unwrap(bridge->block_on([&] { bridge->shutdown(Shutdown::drain); }));

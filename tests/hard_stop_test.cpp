@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Stopping now, over every shape of task that people write: by the destructor, at a limit that has passed, and by
-// somebody who stops the context. Run it under ASan: most of what can go wrong is a use after free.
+// Stopping now, with every shape of task that users write: by the destructor, at a limit that has passed, and by
+// context().stop(). Run it under ASan, since most failures are a use after free.
 
 #include <asio/bind_cancellation_slot.hpp>
 #include <asio/bind_executor.hpp>
@@ -29,7 +29,7 @@ using runtime_bridge::Shutdown;
 
 namespace {
 
-/// The ways to stop a bridge now. Each destroys it.
+/// A way to stop a bridge now. Each destroys the bridge.
 struct Ending {
   std::string name;
   std::function<void(std::unique_ptr<RuntimeBridge>&)> stop;
@@ -174,7 +174,7 @@ TEST_CASE("hard stop: queued tasks are destroyed on the worker without being run
   CHECK(released == worker);
 }
 
-// I/O on services that are shut down succeeds, with no bytes.
+// I/O on services that were shut down succeeds with zero bytes.
 TEST_CASE("hard stop: a call that was cut off has no value") {
   for (const Ending& ending : endings()) {
     INFO(ending.name);
@@ -192,7 +192,7 @@ TEST_CASE("hard stop: a call that was cut off has no value") {
     auto parked = bridge->submit(park_stubbornly());
     await_calls(*bridge, 2);
     std::jthread stopper([&] { ending.stop(bridge); });
-    CHECK(outcome(parked.join()) == response_lost);  // so it was destroyed
+    CHECK(outcome(parked.join()) == response_lost);  // it was destroyed
     foreign.go_on();
     CHECK(outcome(task.join()) == response_lost);
   }
@@ -200,7 +200,7 @@ TEST_CASE("hard stop: a call that was cut off has no value") {
 
 namespace {
 
-/// A protocol of the user's own, as for an address family that Asio does not know.
+/// A user's own protocol, as for an address family that Asio does not support.
 struct OwnProtocol {
   using endpoint = asio::ip::basic_endpoint<OwnProtocol>;
   using socket = asio::basic_stream_socket<OwnProtocol>;
@@ -212,7 +212,7 @@ struct OwnProtocol {
   int family() const { return AF_INET; }
 };
 
-/// Looks up a name again and again, whatever comes in between, and ends the worker's loop after the first has begun.
+/// Stops the context and then looks up a name again and again, ignoring cancellation.
 template <class Protocol>
 awaitable<void> look_up(RuntimeBridge& bridge, int& found) {
   co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
@@ -232,7 +232,7 @@ TEMPLATE_TEST_CASE("hard stop: name look-ups continue and are waited for", "", a
   int found = 0;
   auto task = bridge.submit(look_up<TestType>(bridge, found));
   const Outcome result = outcome(task.join());
-  CHECK((result == succeeded || result == response_lost));  // quick ones are over before anything is destroyed
+  CHECK((result == succeeded || result == response_lost));  // a quick look-up may end before anything is destroyed
   CHECK(found == 50);
 }
 
@@ -274,7 +274,7 @@ TEST_CASE("hard stop: an earlier stop request is remembered") {
     go_on.acquire();
   });
   busy.acquire();
-  polls.request_stop();  // queued behind that, when the worker is stopped
+  polls.request_stop();  // still queued when the worker is stopped
   bridge->get_executor().context().stop();
   go_on.release();
   bridge.reset();
@@ -347,7 +347,7 @@ awaitable<void> wait_for_signal() {
   (void)co_await signals.async_wait(use_awaitable);
 }
 
-/// That a task which comes back from something foreign after the hard stop, and then waits here, is destroyed.
+/// Checks that a task which comes back from another executor after the hard stop, and then waits here, is destroyed.
 void check_destroyed_after_foreign(awaitable<void> (*wait)()) {
   auto bridge = std::make_unique<RuntimeBridge>();
   Foreign foreign;
@@ -361,7 +361,7 @@ void check_destroyed_after_foreign(awaitable<void> (*wait)()) {
   auto parked = bridge->submit(park_stubbornly());
   await_calls(*bridge, 2);
   const std::jthread destroyer([&] { bridge.reset(); });
-  CHECK(outcome(parked.join()) == response_lost);  // so it was destroyed
+  CHECK(outcome(parked.join()) == response_lost);  // it was destroyed
   foreign.go_on();
   CHECK(outcome(task.join()) == response_lost);
 }
@@ -373,7 +373,7 @@ TEST_CASE("hard stop: a task that comes back from another executor and waits for
   check_destroyed_after_foreign(wait_for_channel<ConcurrentChannel>);
 }
 
-// The context has had no signals before, so they come with a service that was not shut down yet.
+// This makes the signal service of the context, after the other services have been shut down.
 TEST_CASE("hard stop: a task that comes back from another executor and waits for a signal_set is destroyed",
           "[signal_set]") {
   check_destroyed_after_foreign(wait_for_signal);
@@ -400,7 +400,7 @@ TEST_CASE("hard stop: a task that only computes between its steps is cancelled s
 
 namespace {
 
-/// A pool as people make it: of tokens in a channel, with leases that give theirs back when they are destroyed.
+/// A pool as users write it: tokens in a channel, and leases whose destructor gives the token back.
 class TokenPool {
  public:
   explicit TokenPool(const asio::any_io_executor& executor) : tokens_(executor, 1) {
@@ -444,7 +444,8 @@ TEST_CASE("hard stop: destroyed tasks give their tokens back to a channel") {
   }
 }
 
-// A deadline on a loop over a thousand keys that logs each failure must end it soon: there cancellation is remembered.
+// A task may retry after the cancellation of a hard stop, which is not remembered. A deadline is: it soon ends a loop
+// over a thousand keys that logs each failure.
 TEST_CASE("hard stop: cancellation by a deadline, unlike that of a hard stop, is remembered") {
   RuntimeBridge bridge;
   int tried = 0;
@@ -465,7 +466,7 @@ TEST_CASE("hard stop: cancellation by a deadline, unlike that of a hard stop, is
 
 namespace {
 
-/// Notes that it was destroyed.
+/// A cancellation handler that owns something.
 struct Handler {
   explicit Handler(std::shared_ptr<int> held) : token(std::move(held)) {}
   void operator()(asio::cancellation_type) const {}
@@ -504,7 +505,7 @@ TEST_CASE("hard stop: nothing of a call stays in its cancellation slot") {
 
 namespace {
 
-/// Waits for what never comes, and ignores cancellation.
+/// Waits for an operation that never ends, and ignores cancellation.
 template <class Operation>
 awaitable<void> stubbornly(Operation operation) {
   co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());

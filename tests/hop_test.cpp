@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tasks that go on on another executor, and end there: they are brought back to the worker first.
+// Tasks that move to another executor and end there. They are brought back to the worker first.
 
 #include <asio/bind_executor.hpp>
 #include <asio/dispatch.hpp>
@@ -89,7 +89,7 @@ TEST_CASE("hop: the worker touches nothing of a task after its caller returned")
   }
 }
 
-// Race: a cancellation looks for a task that is ending on a pool. TSan.
+// Race, for TSan: a cancellation reaches a task that is ending on a pool.
 TEST_CASE("hop: a deadline races with a task that ends on a pool", "[race]") {
   asio::thread_pool pool(2);
   const RuntimeBridge bridge;
@@ -113,7 +113,7 @@ TEST_CASE("hop: a deadline races with a task that ends on a pool", "[race]") {
   CHECK(wrong == 0);
 }
 
-// Race: the thread that brings a task back is still inside asio::post when the bridge dies. ASan, TSan.
+// Race, for ASan and TSan: the thread that brings a task back is still in asio::post when the bridge is destroyed.
 TEST_CASE("hop: a bridge may be destroyed as soon as a task has come back") {
   asio::thread_pool pool(1);
   for (int i = 0; i < 300; ++i) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// An HTTP/1.1 server in this process, behind a real socket, that misbehaves as it is told.
+// An HTTP/1.1 server in this process, on a real socket, that misbehaves on request.
 
 #ifndef RUNTIME_BRIDGE_TESTS_HTTP_SERVER_HPP
 #define RUNTIME_BRIDGE_TESTS_HTTP_SERVER_HPP
@@ -26,18 +26,18 @@
 
 #include "support.hpp"
 
-/// A request, and the connection that it came by.
+/// A request and its connection.
 class Exchange {
  public:
   explicit Exchange(asio::ip::tcp::socket peer) : socket(std::move(peer)) {}
 
   asio::ip::tcp::socket socket;
   std::string method, target;
-  std::map<std::string, std::string> headers;  // the names in small letters
+  std::map<std::string, std::string> headers;  // by name in lower case
 
   std::size_t length() { return headers.contains("content-length") ? std::stoul(headers["content-length"]) : 0; }
 
-  /// Lets the client begin with the body, if it waits for that.
+  /// Tells the client to send the body, if it waits for that.
   awaitable<void> invite() {
     if (headers.contains("expect")) co_await write("HTTP/1.1 100 Continue\r\n\r\n");
   }
@@ -54,7 +54,7 @@ class Exchange {
     co_return whole;
   }
 
-  /// What comes next of the body.
+  /// The next piece of the body.
   awaitable<std::string> some() {
     std::string piece = std::exchange(buffer_, {});
     if (!piece.empty()) co_return piece;
@@ -104,7 +104,7 @@ class Exchange {
 
 class HttpServer {
  public:
-  /// Deals with one request. False, or an exception: hang up.
+  /// Answers one request. The server hangs up if it returns false or throws.
   using Handler = std::function<awaitable<bool>(Exchange&)>;
 
   explicit HttpServer(Handler handler) : handler_(std::move(handler)) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A call is over when it returns: nothing of it lives or dies on the worker after the caller woke.
+// A call is over when it returns: after the caller woke, nothing of the call is used or destroyed on the worker.
 
 #include <asio/thread_pool.hpp>
 #include <atomic>
@@ -13,7 +13,7 @@
 
 namespace {
 
-/// What was destroyed, where, and whether the caller was already back.
+/// Records what was destroyed, by which thread, and whether the caller had already returned.
 class Log {
  public:
   void caller_is_back() {
@@ -62,7 +62,7 @@ awaitable<int> probed(Probe, std::shared_ptr<Log> log, End end, std::binary_sema
   co_return 1;
 }
 
-/// Ends one call in one way and gives the log, read after the worker has gone.
+/// Makes one call that ends in this way, and returns the log after the worker has ended.
 template <class MakeTask>
 std::string log_of_call(End end, MakeTask make_task) {
   auto log = std::make_shared<Log>();
@@ -149,8 +149,7 @@ TEST_CASE("lifetime: only the task's exception outlives the task") {
   CHECK(in_exception.use_count() == 1);
 }
 
-// Race: the caller returns and its stack frame dies while the worker is still winding up the call. ASan and TSan see
-// whatever of the call the worker touches then.
+// Race, for ASan and TSan: the caller returns and its stack frame is destroyed while the worker still ends the call.
 TEST_CASE("lifetime: tasks borrow the caller's stack, ten thousand times", "[race]") {
   RuntimeBridge bridge;
   const auto borrow_in_a_frame_that_dies = [&bridge](int round) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A module that is given the bridges of others, and gives its own: see modules_test.cpp. It is compiled several times;
+// A module that uses bridges of other modules and lends its own: see modules_test.cpp. It is compiled several times;
 // MODULE is the prefix of its functions.
 
 // First: see the README's requirements.
@@ -21,7 +21,7 @@ namespace {
 
 int value_or_kind(const Result<int>& result) { return result ? *result : -static_cast<int>(result.error().kind()); }
 
-// Not a lambda: g++ 12 makes two of one in an extern "C" function.
+// Not a lambda: g++ 12 emits a lambda in an extern "C" function twice.
 asio::awaitable<int> take_a_moment() {
   asio::steady_timer timer(co_await asio::this_coro::executor, std::chrono::milliseconds(1));
   co_await timer.async_wait(asio::use_awaitable);
@@ -42,7 +42,7 @@ std::unique_ptr<RuntimeBridge> own;
 
 }  // namespace
 
-// What they return is a value, or the negative kind of an error.
+// They return a value, or the negative kind of an error.
 
 EXPORTED(call)(const RuntimeBridge* bridge) {
   return value_or_kind(bridge->block_on([] { return 5; }));

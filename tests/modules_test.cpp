@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Bridges that are passed between the modules of a program: a program that exports nothing, two libraries with hidden
-// symbols that it is linked with, and a plugin that is loaded with RTLD_LOCAL and has everything of its own.
+// Bridges that are passed between the modules of a program: a program that exports nothing, two linked libraries with
+// hidden symbols, and a plugin that is loaded with RTLD_LOCAL and shares no symbols.
 
 #include <dlfcn.h>
 
@@ -81,7 +81,7 @@ class Plugin {
   Module functions_{};
 };
 
-/// All that a module does with a bridge that is not its own.
+/// Does everything that a module can do with another module's bridge.
 int uses(const RuntimeBridge& bridge, const Module& module) {
   if (module.call(&bridge) != 5) return 1;
   if (module.run(&bridge) != 6) return 2;
@@ -97,7 +97,7 @@ int uses(const RuntimeBridge& bridge, const Module& module) {
   return 0;
 }
 
-/// A task of the module is in flight when its bridge is destroyed, by the program or by the module.
+/// The program or the module destroys a bridge while a task of the module is in flight.
 int ends_under(const Module& module, bool by_module) {
   auto bridge = std::make_unique<RuntimeBridge>();
   int result = 0;
@@ -182,7 +182,7 @@ TEST_CASE("modules: a plugin makes the first call on a lazy bridge", "[child]") 
   CHECK(uses(bridge, plugin.functions()) == 0);
 }
 
-// Race: the module and the program call each other's bridges, and look for rings, under locks of their own.
+// Race: the plugin and the program call each other's bridges. Each looks for rings under its own lock.
 TEST_CASE("modules: the program and a plugin call each other's bridges", "[race]") {
   const Plugin plugin;
   const RuntimeBridge bridge;

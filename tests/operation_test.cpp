@@ -57,7 +57,7 @@ TEST_CASE("operation: a deadline and a stop cancel it") {
   asio::steady_timer timer(bridge.get_executor(), 24h);
   Result<void> timed;
   auto limit = 5ms;
-  do {  // on a busy machine it may pass before the start
+  do {  // on a busy machine it may pass before the task starts
     timed = bridge.block_on_for(timer.async_wait(asio::deferred), limit);
     REQUIRE_FALSE(timed.has_value());
     limit *= 2;

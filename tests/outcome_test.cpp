@@ -13,7 +13,7 @@
 
 namespace {
 
-// Fails the n-th allocation of this thread from now; 0 fails none.
+// The number of the next allocation of this thread that fails; 0: none.
 thread_local int allocations_until_failure = 0;
 
 void count_allocation() {
@@ -22,7 +22,7 @@ void count_allocation() {
 
 }  // namespace
 
-// Not inlined: g++ would see only one half of a pair and warn of a mismatch.
+// Not inlined, or g++ sees only one half of a pair and warns of a mismatch.
 [[gnu::noinline]] void* operator new(std::size_t size) {
   count_allocation();
   if (void* p = std::malloc(size)) return p;
@@ -32,7 +32,7 @@ void count_allocation() {
 [[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
 [[gnu::noinline]] void operator delete(void* p, std::size_t) noexcept { std::free(p); }
 
-// Asio takes coroutine frames from here.
+// Asio allocates coroutine frames with this.
 extern "C" void* aligned_alloc(std::size_t alignment, std::size_t size) noexcept {
   void* p = nullptr;
   try {
@@ -69,7 +69,7 @@ awaitable<int> record_run(bool& ran, std::shared_ptr<int>) {
   co_return 0;
 }
 
-/// That a call is refused as `kind`, and its task destroyed unrun.
+/// Checks that a call is refused with this kind, and that its task is destroyed without being run.
 template <class Bridge>
 void check_refused(Bridge& bridge, BridgeError::Kind kind) {
   bool ran = false;
@@ -204,7 +204,7 @@ TEST_CASE("outcome: a bridge that was moved from") {
 
 TEST_CASE("outcome: assigning to a bridge ends the worker it had") {
   RuntimeBridge bridge;
-  unwrap(bridge.block_on([] {}));  // so the worker has its name
+  unwrap(bridge.block_on([] {}));  // now the worker has its name
   bridge = RuntimeBridge();
   unwrap(bridge.block_on([] {}));
   await_workers(1);
@@ -231,7 +231,7 @@ TEST_CASE("outcome: no memory before admission is std::bad_alloc, and nothing is
     CHECK(bridge.in_flight() == 0);
     CHECK(bridge.block_on(seven()) == 7);
     if (!failed) {
-      CHECK(n <= 3);  // the two allocations of a std::promise: the post has memory in the call
+      CHECK(n <= 3);  // two for a std::promise: the post uses memory of the call
       break;
     }
     REQUIRE(n < 50);
@@ -270,10 +270,10 @@ TEST_CASE("outcome: a task that ends on another thread retries its way back if i
   std::binary_semaphore suspended(0);
   bool failed = false;
   const auto resume_there = [&](auto handler) {
-    asio::post(bridge.get_executor(), [&] { suspended.release(); });  // the worker is out of this by then
+    asio::post(bridge.get_executor(), [&] { suspended.release(); });  // then the worker has suspended the task
     other = std::thread([&, h = std::move(handler)]() mutable {
       suspended.acquire();
-      allocations_until_failure = 1;  // a thread without any memory of Asio's
+      allocations_until_failure = 1;  // this thread has no memory cached by Asio
       std::move(h)();
       failed = allocations_until_failure == 0;
     });

@@ -32,12 +32,12 @@
 #include "support.hpp"
 #include "support/pg.hpp"
 
-#ifndef SANITIZED  // which have a close of their own
+#ifndef SANITIZED  // the sanitizers replace close, too
 #include <sys/syscall.h>
 
 static std::atomic<int> wrong_closes{0};
 
-/// Stands before the C library's, for libpq and Asio too, and counts what closes a descriptor that is not open.
+/// Replaces the C library's, for libpq and Asio, too, and counts the calls for descriptors that are not open.
 extern "C" int close(int descriptor) {
   const int result = static_cast<int>(syscall(SYS_close, descriptor));
   if (result != 0 && errno == EBADF) ++wrong_closes;
@@ -55,13 +55,13 @@ pg::Settings settings(std::string conninfo = {}) {
   return result;
 }
 
-/// What the server knows a pool of this process by.
+/// An application name for a pool of this process.
 std::string unique_name() {
   static int count = 0;
   return "pg_test-" + std::to_string(getpid()) + "-" + std::to_string(++count);
 }
 
-/// A bridge and a pool, as a backend has them.
+/// A bridge and a pool, as in a backend.
 struct Database {
   explicit Database(std::size_t size = 1, pg::Settings how = settings())
       : pool(bridge.get_executor(), named(how), size) {}
@@ -81,7 +81,7 @@ struct Database {
         timeout);
   }
 
-  /// The same, and the call is cancelled once the task waits for the server.
+  /// The same, but the call is cancelled while the task waits for the server.
   template <class Body>
   auto interrupted(Body body) {
     using Awaitable = std::invoke_result_t<Body&, pg::Connection&>;
@@ -124,7 +124,7 @@ struct Database {
   pg::Pool pool;
 };
 
-/// What a call came to: "value", the kind and SQLSTATE of a pg::Error, "aborted", or the text of something else.
+/// How a call ended: "value", the kind and SQLSTATE of a pg::Error, "aborted", or the text of another exception.
 std::string failure(const std::exception_ptr& cause) {
   static constexpr std::array kinds{"statement", "connection", "commit_unknown", "timeout", "closed"};
   try {
@@ -143,7 +143,7 @@ std::string failure(const Result<T>& result) {
   return result.error().cause() ? failure(result.error().cause()) : result.error().message();
 }
 
-/// A listening socket on loopback whose connections a test plays the server of.
+/// A listening socket on loopback. The test plays the server.
 class FakeServer {
  public:
   FakeServer() : acceptor_(context_, {asio::ip::address_v4::loopback(), 0}) {}
@@ -191,7 +191,7 @@ class FakeServer {
     asio::write(peer, asio::buffer(message + body));
   }
 
-  /// Reads until the client hangs up, or has nothing more to say for some time.
+  /// Reads until the client hangs up or enough has come.
   static std::size_t read_all(asio::ip::tcp::socket& peer,
                               std::size_t enough = std::numeric_limits<std::size_t>::max()) {
     std::vector<char> chunk(1 << 16);
@@ -219,14 +219,14 @@ std::string environment(const char* name) {
   return value == nullptr ? "" : value;
 }
 
-/// Waits until the server knows this backend no more.
+/// Waits until this backend of the server has ended.
 void await_end_of(Database& observer, int pid) {
   await_state([&] {
     return !unwrap(observer.select<bool>("select exists(select from pg_stat_activity where pid = $1)", pid));
   });
 }
 
-/// Waits until as many statements like this one are under way on a pool of this name.
+/// Waits until this number of statements like this one run on a pool of this name.
 void await_statements(Database& observer, const std::string& name, const std::string& like, int count) {
   const std::string statements =
       "select count(*)::int from pg_stat_activity where application_name = $1 and state = 'active' and query like $2";
@@ -315,7 +315,7 @@ TEST_CASE("pg: a server that sends while it receives does not deadlock") {
   FakeServer server;
   server.play([](FakeServer& self) {
     asio::ip::tcp::socket peer = self.accept_session();
-    // It reads on only when it has got rid of this: 70 MB, more than what sockets' buffers hold.
+    // It reads only after it has sent this: 70 MB, more than the buffers of sockets hold.
     const std::string notice =
         std::string("SNOTICE\0VNOTICE\0C00000\0M", 24) + std::string(100'000, 'x') + std::string(2, '\0');
     for (int i = 0; i < 700; ++i) FakeServer::send(peer, 'N', notice);
@@ -437,7 +437,7 @@ TEST_CASE("pg: a second command on a busy connection is an error") {
     std::string second = "not run";
     const auto intrude = [&]() -> awaitable<void> {
       try {
-        co_await asio::post(use_awaitable);  // first the other one
+        co_await asio::post(use_awaitable);  // the other one first
         co_await connection.query("select 1");
       } catch (const pg::Error& e) {
         second = e.what();
@@ -511,7 +511,7 @@ TEST_CASE("pg: a connection that reaches a cancelled caller goes to the next one
   Database db;
   for (const bool cancel_first : {true, false}) {
     for (const bool keeps_it : {true, false}) {
-      // All on the worker, so that nothing comes between the two events.
+      // Both events happen on the worker, with nothing in between.
       std::vector<std::string> log;
       std::optional<pg::Pool::Lease> held;
       asio::cancellation_signal cancel;
@@ -566,7 +566,7 @@ TEST_CASE("pg: a connection that reaches a destroyed coroutine goes to the next 
   context.restart();
   context.poll();
   held.reset();
-  context.poll();  // puts the first one's next step into the queue of its own context
+  context.poll();  // posts the first one's next step to its own context
   doomed.reset();
   context.run();
   CHECK(served);
@@ -574,7 +574,7 @@ TEST_CASE("pg: a connection that reaches a destroyed coroutine goes to the next 
 
 namespace {
 
-/// Another call that waits for a connection, for as long as none comes back.
+/// Starts another call that waits for a connection.
 awaitable<JoinHandle<void>> wait_for_connection(Database& db) {
   bool waits = false;
   JoinHandle<void> waiting = db.bridge.submit([&]() -> awaitable<void> {
@@ -755,7 +755,7 @@ TEST_CASE("pg: a backend that ignores a cancellation loses the connection, and t
   how.cancel_timeout = 100ms;
   Database db(1, how);
   const int pid = db.pid().value();
-  REQUIRE(kill(pid, SIGSTOP) == 0);  // needs a server of ours, on this machine
+  REQUIRE(kill(pid, SIGSTOP) == 0);  // needs a server of this user on this machine
   const auto start = steady_clock::now();
   const auto result = db.interrupted(sleep_long);
   CHECK(steady_clock::now() - start < 5s);
@@ -768,7 +768,7 @@ TEST_CASE("pg: a server that does not accept the cancel request blocks no caller
   FakeServer server;
   std::atomic<bool> over{false};
   server.play([&](FakeServer& self) {
-    // Sessions and cancel requests alike are accepted and left alone.
+    // Accepts sessions and cancel requests, and does not answer them.
     std::list<asio::ip::tcp::socket> peers;
     peers.push_back(self.accept_session());
     peers.push_back(self.accept());  // PQcancel waits for the end of this one
@@ -781,7 +781,7 @@ TEST_CASE("pg: a server that does not accept the cancel request blocks no caller
     how.cancel_timeout = 50ms;
     Database db(1, how);
     CHECK(failure(db.interrupted(sleep_long)) == "aborted");
-    CHECK(failure(db.interrupted(sleep_long)) == "aborted");  // its request has to queue
+    CHECK(failure(db.interrupted(sleep_long)) == "aborted");  // its request is queued
   }
   CHECK(steady_clock::now() - start < 5s);
   over = true;
@@ -793,7 +793,7 @@ TEST_CASE("pg: a server that does not accept the cancel request blocks no caller
 
 namespace {
 
-const std::string table_name = "pg_test_" + std::to_string(getpid());  // several tests may be run at once
+const std::string table_name = "pg_test_" + std::to_string(getpid());  // several tests may run at once
 
 struct Table {
   explicit Table(Database& on) : db(on) {
@@ -943,10 +943,10 @@ TEST_CASE("pg: a bridge may be destroyed with statements in every state") {
     calls.push_back(bridge->submit(in_transaction));
     for (int i = 0; i < 6; ++i) calls.push_back(bridge->submit(busy));
     if (round % 2 == 0) {
-      std::this_thread::sleep_for(std::chrono::milliseconds(round * 3));  // in whatever state that is
+      std::this_thread::sleep_for(std::chrono::milliseconds(round * 3));  // in any state
     } else {
       await_statements(observer, name, "select pg_sleep(60)", 2);
-      calls.front().request_stop();  // its cancel request is under way, then
+      calls.front().request_stop();  // now its cancel request is under way
     }
     const auto start = steady_clock::now();
     CHECK_FALSE(bridge->shutdown(runtime_bridge::Shutdown::drain, 0ms));
@@ -1024,7 +1024,7 @@ TEST_CASE("pg: a pool survives a restart of its server") {
       co_return co_await sleep_long(*lease);
     }));
   }
-  await_statements(db, db.name, "select pg_sleep(60)", 3);  // with the fourth connection, idle in the end
+  await_statements(db, db.name, "select pg_sleep(60)", 3);  // uses the fourth connection, which is idle afterwards
   REQUIRE(std::system((serve + " postgres --restart").c_str()) == 0);
   for (auto& call : calls) CHECK(failure(call.join()).starts_with("connection"));
   for (int i = 0; i < 8; ++i) CHECK(db.select<int>("select 1") == 1);

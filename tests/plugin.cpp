@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A library that a program loads and closes while it runs, with bridges inside.
+// A library with bridges that a program loads and closes while it runs.
 
 #include <asio/steady_timer.hpp>
 #include <chrono>
@@ -24,12 +24,12 @@ asio::awaitable<void> park() {
 
 }  // namespace
 
-/// On a bridge of its own.
+/// Runs on a bridge of its own.
 EXPORTED int increment(int value) {
   return runtime_bridge::unwrap(RuntimeBridge().block_on([&] { return value + 1; }));
 }
 
-/// On the static bridge: how many calls of this there were since the library was loaded, or -1 without a worker.
+/// Runs on the static bridge. Returns how often it was called since the library was loaded, or -1 without a worker.
 EXPORTED int count() {
   static int calls = 0;
   return lasting_bridge().block_on([] { return ++calls; }).value_or(-1);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// examples/support/s3.hpp. What libcurl signs is checked by an implementation of AWS Signature Version 4 that knows
-// nothing of it, and that is itself checked against the examples which AWS publishes.
+// examples/support/s3.hpp. An independent implementation of AWS Signature Version 4 checks what libcurl signs. It is
+// itself checked against the examples that AWS publishes.
 
 #include "support/s3.hpp"
 
@@ -105,7 +105,7 @@ std::string signature(const std::string& secret, const std::string& scope, const
   return hex(hmac(key, to_sign));
 }
 
-/// An example of AWS's: the account and the date are the same in all.
+/// An example from AWS. The account and the date are the same in all.
 struct Example {
   std::string method, target;
   std::map<std::string, std::string> headers;
@@ -162,7 +162,7 @@ std::string objection(Exchange& exchange, const std::string& body) {
   return field("Signature") == right ? "" : "not the signature";
 }
 
-/// A bucket in memory. It has no keys but those that were put.
+/// A bucket in memory.
 class FakeS3 {
  public:
   awaitable<bool> operator()(Exchange& exchange) {
@@ -220,7 +220,7 @@ class FakeS3 {
       parameters[pair.substr(0, equals)] = uri_decode(pair.substr(equals + 1));
     }
     if (parameters["list-type"] != "2") return refusal(400, "InvalidArgument");
-    // A token is the last key, with what makes tokens hard to get through.
+    // A token is the last key with characters that need escaping.
     const std::string mark = "+/= &<";
     const std::string token = parameters["continuation-token"];
     if (!token.empty() && !token.ends_with(mark)) return refusal(400, "InvalidArgument");
@@ -241,7 +241,7 @@ class FakeS3 {
   std::map<std::string, std::string> objects_;
 };
 
-/// A bridge with a bucket on it.
+/// A bridge and a bucket on it.
 class Store {
  public:
   explicit Store(FakeS3& s3, std::string token = {})
@@ -308,8 +308,8 @@ TEST_CASE("s3: libcurl signs AWS's examples as AWS does") {
     });
     const s3::Settings settings{"http://" + example_host, "us-east-1", "", example_id, example_secret};
     curl::Request request = s3::request(settings, example.method, "", {}, sha256(example.body));
-    // The bucket is in the host's name there, and this one example has a parameter without a value. AWS signs that with
-    // an "=", and so s3::request always writes one.
+    // There the host name contains the bucket. One example has a parameter without a value, which AWS signs with an
+    // "=", so s3::request always writes one.
     request.url = "http://" + example_host + (example.target == "/?lifecycle" ? "/?lifecycle=" : example.target);
     for (const auto& [name, value] : example.headers)
       request.headers.push_back(std::string(name).append(": ").append(value));
@@ -353,7 +353,7 @@ TEST_CASE("s3: requests for keys of all kinds have a valid signature") {
 TEST_CASE("s3: get returns an object whole, or streams it and returns its hash") {
   FakeS3 s3;
   Store store(s3);
-  const std::string text(5000, 'x');  // more than the client keeps of an answer that it did not expect
+  const std::string text(5000, 'x');  // more than max_body
   store.put("key", text);
   CHECK(store.run([&] { return store.bucket.get("key"); }) == text);
   std::string streamed;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The eight tests of the Rust crate that this library carries over, one by one.
+// The eight tests of the Rust crate that this library follows.
 
 #include <asio/thread_pool.hpp>
 #include <atomic>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The shapes of tasks that people write. Each waits until it is cancelled or destroyed, and has nothing to return.
+// The shapes of tasks that users write. Each waits until it is cancelled or destroyed, and returns nothing.
 
 #ifndef RUNTIME_BRIDGE_TESTS_SHAPES_HPP
 #define RUNTIME_BRIDGE_TESTS_SHAPES_HPP
@@ -29,7 +29,7 @@
 #include <asio/cancel_after.hpp>
 #include <asio/cancel_at.hpp>
 #endif
-// With clang it asks for a return value of a coroutine that returns nothing.
+// With clang it requires a return value from a coroutine that returns void.
 #ifndef __clang__
 #include <asio/experimental/coro.hpp>
 #include <asio/experimental/use_coro.hpp>
@@ -52,7 +52,7 @@ constexpr asio::experimental::as_tuple_t<asio::use_awaitable_t<>> as_tuple_await
 constexpr asio::as_tuple_t<asio::use_awaitable_t<>> as_tuple_awaitable{};
 #endif
 
-/// What the shapes stand on, and how much of them is alive. It outlives the bridge.
+/// Counts the living locals of the shapes, and has the pools that they use. It outlives the bridge.
 class Ground {
  public:
   std::atomic<long> alive{0};
@@ -60,7 +60,7 @@ class Ground {
   awaitable<int> visit_pool() { return foreign_.visit(1); }
   auto pool() { return pool_.get_executor(); }
 
-  /// Lets the tasks come back that wait for a pool.
+  /// Lets the tasks that wait for the pool come back.
   void let_foreign_go() { foreign_.go_on(); }
 
  private:
@@ -68,7 +68,7 @@ class Ground {
   asio::thread_pool pool_{1};
 };
 
-/// A local of a shape.
+/// A local variable of a shape, counted while it is alive.
 class Alive {
  public:
   explicit Alive(Ground& ground) : ground_(ground) { ++ground_.alive; }
@@ -80,8 +80,8 @@ class Alive {
   Ground& ground_;
 };
 
-/// Operations that keep their handler where they are made, in a coroutine's frame for one, which lives as long as the
-/// handler: they end only by being cancelled. All are over once one of them is cancelled, at once and on the spot.
+/// Operations that keep their handlers in this object, which may be in the frame of the coroutine that waits. So they
+/// end only if they are cancelled. Cancelling one of them ends all of them at once.
 class AllForOne {
  public:
   awaitable<void> wait() {
@@ -237,7 +237,7 @@ inline awaitable<void> hops_to_pool(Ground& ground, Token token) {
   const Alive alive(ground);
   auto visit = ground.visit_pool();
   (void)co_await std::move(visit);
-  // Out of reach of the cancellation, which is the worker's.
+  // The worker's cancellation does not reach it there.
   co_await asio::this_coro::throw_if_cancelled(false);
   co_await asio::post(asio::bind_executor(ground.pool(), use_awaitable));
   if (token.use_count() >= 0) throw std::runtime_error("on the pool");
@@ -246,7 +246,7 @@ inline awaitable<void> hops_to_pool(Ground& ground, Token token) {
 inline awaitable<void> child_on_pool(Ground& ground, Token) {
   const Alive alive(ground);
   auto visit = ground.visit_pool();
-  // Without a slot: a cancellation would walk into the child's state while the pool runs it.
+  // Without a slot: a cancellation would use the child's state while the pool runs it.
   (void)co_await asio::co_spawn(ground.pool(), std::move(visit),
                                 asio::bind_cancellation_slot(asio::cancellation_slot(), use_awaitable));
   co_await park();

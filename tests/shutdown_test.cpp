@@ -73,7 +73,7 @@ TEST_CASE("shutdown: cancel cancels running and queued calls, and waits") {
   CHECK(bridge.shutdown(Shutdown::cancel));
   callers.clear();
   for (const auto& result : results) CHECK(result == BridgeError::Cancelled);
-  // It was queued before the cancellation, so it may have run before it: that is a race which shutdown does not decide.
+  // It was queued before the cancellation, so it may have run before it or not.
   CHECK(queued.join().has_value() == ran);
 }
 
@@ -110,7 +110,7 @@ TEST_CASE("shutdown: cancel reaches all calls, even if a cancellation handler th
   auto throws = bridge.submit([&timer]() -> awaitable<void> {
     auto slot = (co_await asio::this_coro::cancellation_state).slot();
     slot.assign([](asio::cancellation_type) { throw 1; });
-    // With a slot of its own, so that the one above stays as it is.
+    // With another slot, so that the handler above stays in its own.
     co_await timer.async_wait(asio::bind_cancellation_slot(asio::cancellation_slot(), use_awaitable));
   });
   auto parked = bridge.submit([&timer]() -> awaitable<void> {
@@ -137,7 +137,7 @@ TEST_CASE("shutdown: stops the worker at the limit and returns false") {
     CHECK(parked.done());
     CHECK(bridge.in_flight() == 0);
     CHECK(outcome(parked.join()) == response_lost);
-    CHECK_FALSE(bridge.shutdown(Shutdown::drain));  // still true of this bridge
+    CHECK_FALSE(bridge.shutdown(Shutdown::drain));  // this bridge was cut off once
   }
 }
 
@@ -225,7 +225,7 @@ TEST_CASE("shutdown: I/O objects may be destroyed afterwards, and used without e
   auto timer = std::make_unique<asio::steady_timer>(bridge.get_executor(), 24h);
   timer->async_wait([](const std::error_code&) {});
   unwrap(bridge.block_on([] {}));
-  CHECK(bridge.shutdown(Shutdown::drain));  // a raw wait is no call, and does not hold it up
+  CHECK(bridge.shutdown(Shutdown::drain));  // a raw wait is not a call, and is not waited for
   timer->cancel();
   asio::post(bridge.get_executor(), [] { std::terminate(); });
   timer.reset();
@@ -302,7 +302,7 @@ TEST_CASE("shutdown: in a forked child it does nothing", "[child]") {
 
 TEST_CASE("shutdown: a second shutdown does not cut the end of the worker short") {
   const RuntimeBridge bridge;
-  const auto foreign = asio::make_work_guard(bridge.get_executor());  // as of a thread that is handing a task back
+  const auto foreign = asio::make_work_guard(bridge.get_executor());  // as if a thread were posting a task back
   int times = 0;
   const std::function<void()> shut_down = [&] {
     bridge.shutdown(Shutdown::drain);
@@ -315,7 +315,7 @@ TEST_CASE("shutdown: a second shutdown does not cut the end of the worker short"
   CHECK(std::chrono::steady_clock::now() - begin >= 200ms);
 }
 
-// Race: calls are admitted while two threads shut the bridge down, in two ways.
+// Race: calls are admitted while two threads shut the bridge down in different ways.
 TEST_CASE("shutdown: races with admission and with another shutdown", "[race]") {
   for (int round = 0; round < 1'000; ++round) {
     RuntimeBridge bridge;
@@ -346,7 +346,7 @@ TEST_CASE("shutdown: races with admission and with another shutdown", "[race]") 
   }
 }
 
-// Race: a call that was admitted is sent after the cancellation, because it starts the worker in between.
+// Race: an admitted call starts the worker first, so it may be sent after the cancellation.
 TEST_CASE("shutdown: cancel races with the admission of the first call", "[race]") {
   for (int round = 0; round < 300; ++round) {
     RuntimeBridge bridge(lazy());
@@ -359,7 +359,7 @@ TEST_CASE("shutdown: cancel races with the admission of the first call", "[race]
   }
 }
 
-// Race: shutdown(cancel) while tasks complete, stop by themselves and time out.
+// Race: shutdown(cancel) runs while tasks complete, are stopped and time out.
 TEST_CASE("shutdown: cancel races with completion, stops and deadlines", "[race]") {
   for (int round = 0; round < 300; ++round) {
     RuntimeBridge bridge;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The same calls for a long time: memory, threads and descriptors must stay where they are.
+// The same calls for a long time: memory, threads and descriptors must not grow.
 //
 //   RUNTIME_BRIDGE_SOAK_SECONDS=S  for S seconds instead of two
 
@@ -24,7 +24,7 @@ std::size_t resident_pages() {
   return resident;
 }
 
-/// Every kind of call once. Gives the number of calls that did not come to what they must.
+/// Makes every kind of call once. Returns the number of wrong outcomes.
 int all_kinds_of_calls(const RuntimeBridge& bridge) {
   int wrong = 0;
   const auto expect = [&](bool right) { wrong += right ? 0 : 1; };
@@ -76,7 +76,7 @@ TEST_CASE("soak: memory, threads and descriptors do not grow", "[race][slow]") {
         }
       });
     }
-    // And bridges that come and go, with a call in flight.
+    // And one that makes bridges and destroys them with a call in flight.
     threads.emplace_back([&](const std::stop_token& stop) {
       while (!stop.stop_requested()) {
         auto bridge = std::make_unique<RuntimeBridge>();
@@ -86,7 +86,7 @@ TEST_CASE("soak: memory, threads and descriptors do not grow", "[race][slow]") {
         wrong += outcome(parked.join()) == response_lost ? 0 : 1;
       }
     });
-    // The most memory that is needed in the second fifth of the time, after warming up, and in the last.
+    // The peak of memory in the second fifth of the time, after warming up, and in the last.
     while (Clock::now() - begin < length) {
       const auto part = (Clock::now() - begin) * 5 / length;
       if (part == 1) pages_early = std::max(pages_early, resident_pages());
@@ -97,12 +97,12 @@ TEST_CASE("soak: memory, threads and descriptors do not grow", "[race][slow]") {
     }
   }
   CHECK(wrong == 0);
-  // Callers, two workers, this thread; one more each that has been joined and is listed still.
+  // Callers, two workers and this thread; a joined thread of each may still be listed.
   CHECK(most_threads <= 9);
-  CHECK(most_descriptors <= descriptors + 7);  // three for each of two bridges, and the listing
+  CHECK(most_descriptors <= descriptors + 7);  // three for each of two bridges, and one for the listing
   await_workers(0);
   CHECK(descriptors_of_this_process() == descriptors);
-#ifndef SANITIZED  // which keep freed memory for a while
+#ifndef SANITIZED  // the sanitizers keep freed memory for a while
   CHECK(pages_late <= pages_early + pages_early / 20 + 64);
 #endif
   std::printf("%lld rounds of all kinds of calls, %zu pages early, %zu late, at most %zu threads\n",

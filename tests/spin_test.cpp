@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Spinning before sleeping: when, for how long, and that nothing but speed depends on it.
+// Spinning before sleeping: when and for how long. It changes nothing but speed.
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -27,7 +27,7 @@ thread_local std::atomic<int> yields{0};
 
 }  // namespace
 
-/// In the place of the system's own, to be counted.
+/// Replaces the C library's, to count the calls.
 extern "C" int sched_yield() noexcept {
   ++yields;
   return yields_at_once ? 0 : static_cast<int>(syscall(SYS_sched_yield));
@@ -37,7 +37,7 @@ namespace {
 
 RuntimeBridge spinning_for(std::chrono::microseconds limit) { return RuntimeBridge(Options{.spin_limit = limit}); }
 
-/// A thread that waits for a task that ends with this.
+/// A thread that waits for a task, which the destructor ends.
 class Caller {
  public:
   explicit Caller(const RuntimeBridge& bridge) {
@@ -64,7 +64,7 @@ class Caller {
   std::jthread thread_;
 };
 
-// A spinning thread comes to this sooner or later, and one that sleeps does not.
+// A spinning thread uses this much CPU time sooner or later. A sleeping one does not.
 constexpr auto some = 5ms;
 
 void await_spinning(const Watch& thread) {
@@ -87,7 +87,7 @@ TEST_CASE("spin: each failure doubles the skipped attempts, and a success resets
     ++tries;
     backoff.record(false);
   }
-  CHECK(tries == 10);  // after 1, 3, 7, ... 255, and then every 256 times
+  CHECK(tries == 10);  // it skips 1, 3, 7, ... 255 attempts, and then 255 each time
   while (!backoff.should_try()) {
   }
   backoff.record(true);
@@ -131,7 +131,7 @@ TEST_CASE("spin: with another call in flight a caller yields before it sleeps, u
   if (one_core) return;
   const RuntimeBridge bridge;
   const auto other = bridge.submit(park());
-  yields_at_once = true;  // or one might find a thread that computes
+  yields_at_once = true;  // or a caller may see that another thread computes
   {
     const Caller caller(bridge);
     await_sleep(caller.watch());
@@ -141,7 +141,7 @@ TEST_CASE("spin: with another call in flight a caller yields before it sleeps, u
   yields_at_once = false;
 }
 
-// What depends on the machine having nothing else to do just now.
+// For a condition that fails while the machine is busy with something else.
 template <class Condition>
 bool sooner_or_later(Condition condition) {
   const auto end = std::chrono::steady_clock::now() + 20s;
@@ -176,7 +176,7 @@ TEST_CASE("spin: callers stop yielding if other threads keep every core busy", "
     const RuntimeBridge bridge;
     unwrap(bridge.block_on([] { pin(pthread_self(), 1); }));
     int calls = 0;
-    int slow = 0;  // as if preempted, which happens to a spinning thread, but not in every call
+    int slow = 0;  // as if preempted, which may happen to a spinning thread, but not in every call
     for (const auto end = std::chrono::steady_clock::now() + 200ms; std::chrono::steady_clock::now() < end; ++calls) {
       const auto begin = std::chrono::steady_clock::now();
       unwrap(bridge.block_on(twenty_hops));
@@ -212,7 +212,7 @@ Watch wake(const RuntimeBridge& bridge) {
     await_state([&] { return worker.cpu() - before > some || worker.sleeps(); });
     return worker.cpu() - before > some;
   };
-  // It need not be the first ones: on a busy machine it may seem to be in vain.
+  // On a busy machine the first calls may not be enough.
   do {
     for (int i = 0; i < 300; ++i) REQUIRE(bridge.block_on([] {}));
   } while (!one_core && !stays_awake());
@@ -248,5 +248,5 @@ TEST_CASE("spin: a worker that stays awake does not delay the end", "[timing]") 
     bridge.reset();
     return std::chrono::steady_clock::now() - begin;
   };
-  CHECK(quickest(end, 9) < 200ms);  // which is what foreign threads get, if something is left to do
+  CHECK(quickest(end, 9) < 200ms);  // how long a stop waits for foreign threads
 }

@@ -121,28 +121,28 @@ TEST_CASE("stop: a task that ends before its cancellation arrives") {
   started.wait();
   task.request_stop();
   task.detach();
-  task = {};  // so nobody but the cancellation knows of it any more
+  task = {};  // now only the cancellation refers to the call
   may_end.release();
   CHECK(bridge.block_on([] {}));
 }
 
-// Asio's part of a task that is over goes to the next one.
+// Asio reuses the memory of a completed task for the next one.
 TEST_CASE("stop: one that arrives after its task ended does not reach the next task") {
   const RuntimeBridge bridge;
   JoinHandle<void> first, next;
   unwrap(bridge.block_on([&] {
     first = bridge.submit([] { return asio::post(use_awaitable); });
-    asio::post(bridge.get_executor(), [&] {  // the first waits for its post, which is queued now
+    asio::post(bridge.get_executor(), [&] {  // runs while the first waits for its post
       next = bridge.submit(park());
       first.request_stop();
     });
   }));
   CHECK(first.join());
-  unwrap(bridge.block_on([] {}));  // which is queued behind the stop
+  unwrap(bridge.block_on([] {}));  // queued behind the stop
   CHECK_FALSE(next.done());
 }
 
-// Race: the stop comes while the call is refused, and must not be sent to where nobody hears of it any more.
+// Race: the stop is requested while the call is refused, and must not be sent to the worker.
 TEST_CASE("stop: races with a refusal", "[race]") {
   const RuntimeBridge bridge;
   auto parked = bridge.submit(park());
@@ -179,8 +179,8 @@ TEST_CASE("stop: touches nothing of the call after the call returned") {
   CHECK(bridge.block_on(hops(1)) == 1);
 }
 
-// Race: a stop comes from another thread while the call is admitted, runs and completes. The task borrows the caller's
-// stack, so a cancellation that came late would be seen by ASan and TSan.
+// Race, for ASan and TSan: another thread requests a stop while the call is admitted, runs and completes. The task
+// borrows the caller's stack, so a late cancellation would touch it after the call.
 TEST_CASE("stop: races with admission and completion", "[race]") {
   RuntimeBridge bridge;
   std::stop_source source;
@@ -221,7 +221,7 @@ TEST_CASE("stop: races with admission and completion", "[race]") {
   CHECK(bridge.in_flight() == 0);
 }
 
-// Race: a stop, a deadline and the end of the context meet one call.
+// Race: a stop, a deadline and the end of the context reach the same call.
 TEST_CASE("stop: races with a deadline and context().stop()", "[race]") {
   for (int round = 0; round < 300; ++round) {
     RuntimeBridge bridge;

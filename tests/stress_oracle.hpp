@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The tasks of the stress test, and the oracle: whether a call's outcome is one that the contract allows for what was
-// done to it and to its bridge, and whether all of it is gone when it is over.
+// The tasks of the stress test, and the oracle. It checks that the outcome of a call is one that the contract allows,
+// given what was done to the call and to its bridge, and that nothing of the call is left when it is over.
 
 #ifndef RUNTIME_BRIDGE_TESTS_STRESS_ORACLE_HPP
 #define RUNTIME_BRIDGE_TESTS_STRESS_ORACLE_HPP
@@ -27,9 +27,9 @@
 namespace stress {
 
 using Clock = std::chrono::steady_clock;
-using Payload = std::unique_ptr<std::uint64_t>;  // move-only, and tells whose value it is
+using Payload = std::unique_ptr<std::uint64_t>;  // move-only; the id of its task
 
-/// splitmix64: every task has dice of its own, so what it throws depends on the seed alone.
+/// splitmix64. Every task has its own dice, so what it throws depends only on the seed.
 class Dice {
  public:
   explicit Dice(std::uint64_t seed) : state_(seed) {}
@@ -50,13 +50,13 @@ class Dice {
   std::uint64_t state_;
 };
 
-/// What has been done to a bridge. Each is noted before it is done, but for `closed`.
+/// What has been done to a bridge. Each flag is set before that is done, except `closed`.
 struct History {
   int level = 0;
-  std::atomic<bool> closing{false};    // it is about to admit no more calls
-  std::atomic<bool> closed{false};     // it admits none
-  std::atomic<bool> cancelled{false};  // all its calls
-  std::atomic<bool> hard{false};       // its context may be stopped under calls
+  std::atomic<bool> closing{false};    // it is about to refuse calls
+  std::atomic<bool> closed{false};     // it refuses calls
+  std::atomic<bool> cancelled{false};  // all its calls are cancelled
+  std::atomic<bool> hard{false};       // its context may be stopped with calls in flight
 };
 using Path = std::vector<std::shared_ptr<History>>;  // the bridges whose workers wait for the code that has this path
 
@@ -70,8 +70,8 @@ struct Bridge {
   ~Bridge() { history->closing = history->hard = true; }
 
   std::shared_ptr<History> history = std::make_shared<History>();
-  // Whether any thread may build timers on it. The first one adds a service to the context, which Asio does not allow
-  // while the context is shut down, so it is built above.
+  // Whether threads may make timers on it. The first timer adds a service to the context, which Asio does not allow
+  // while the context is shut down, so it is made above.
   const bool timers;
   RuntimeBridge bridge;
 };
@@ -98,7 +98,7 @@ struct Boom {
   std::uint64_t id;
 };
 
-/// What all tasks of a round share.
+/// Shared by all tasks of a round.
 struct Ground {
   void violation(const std::string& what) {
     const std::lock_guard lock(mutex);
@@ -106,13 +106,13 @@ struct Ground {
   }
 
   std::atomic<std::int64_t> frames{0}, operations{0};
-  asio::thread_pool pool{2};  // foreign to all bridges; it is never blocked
+  asio::thread_pool pool{2};  // belongs to no bridge, and is never blocked
   std::mutex mutex;           // guards what follows
   std::string violations;
 };
 
-/// A task and what has become of it. The counters are plain: the answer must order them before the caller's look, and
-/// that is ThreadSanitizer's to check.
+/// A task and its history. The counters are not atomic: the call's answer must order them before the caller reads them,
+/// which ThreadSanitizer checks.
 struct Record {
   void check(bool holds, std::string_view what) const {
     if (!holds)
@@ -129,12 +129,12 @@ struct Record {
   const std::shared_ptr<History> history;
   const std::uint64_t id;
   Path path{};                      // of its task
-  std::shared_ptr<Bridge> entry{};  // what the caller entered through
+  std::shared_ptr<Bridge> entry{};  // the caller's reference to the bridge
   Kind kind = Kind::returns;
   bool drops = false;          // the task drops `entry` before anything else
   bool may_start = true;       // false: it must be refused
-  bool known_ring = false;     // to wait for it would close a ring, for sure
-  bool ring_possible = false;  // it might
+  bool known_ring = false;     // waiting for it closes a ring
+  bool ring_possible = false;  // waiting for it may close a ring
   std::stop_source source{};
   Clock::time_point deadline = Clock::time_point::max();
   int started = 0, returned = 0, threw = 0, frames = 0;
@@ -159,10 +159,10 @@ class Frame {
 
  private:
   Record* record_;
-  std::shared_ptr<Record> keep_;  // for a task that nobody waits for
+  std::shared_ptr<Record> keep_;  // for a task without a waiting caller
 };
 
-void nest(Record& record);  // the driver's: more operations, on the worker
+void nest(Record& record);  // in stress_test.cpp: more operations, on the worker
 
 inline awaitable<void> nap(Record& record, std::chrono::microseconds length) {
   asio::steady_timer timer(co_await asio::this_coro::executor, length);
@@ -170,7 +170,7 @@ inline awaitable<void> nap(Record& record, std::chrono::microseconds length) {
   record.check(Clock::now() >= timer.expiry(), "a timer that has not expired seems to");
 }
 
-/// The shapes that are made of several coroutines and operations.
+/// Kinds that consist of several coroutines and operations.
 inline awaitable<void> act_together(Record& r, std::chrono::microseconds length) {
   using namespace asio::experimental::awaitable_operators;
   const asio::any_io_executor executor = co_await asio::this_coro::executor;
@@ -244,7 +244,7 @@ struct Plain {
   Frame frame;
 };
 
-/// The oracle. `held` is how many frames are the caller's own.
+/// The oracle. `held` is the number of frames that the caller still owns.
 inline void judge(const Record& r, const Result<Payload>& result, int held) {
   const History& history = *r.history;
   const auto check = [&](bool holds, const char* what) {

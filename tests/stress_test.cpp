@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Seeded random schedules over all that is public, on several bridges, on and off their workers. What comes of each
-// call is judged by stress_oracle.hpp, and in the end everything must be given back.
+// Seeded random schedules of all public operations, on several bridges, on and off their workers. stress_oracle.hpp
+// checks the outcome of each call. In the end everything must be given back.
 //
 //   RUNTIME_BRIDGE_SEED=N            runs this seed alone
 //   RUNTIME_BRIDGE_STRESS_SECONDS=S  runs random seeds for S seconds: the long form
@@ -16,8 +16,8 @@
 #include <random>
 #include <semaphore>
 
-// The exception of a child is let go by the worker when the caller has looked at it. The count of its references, which
-// orders that, is in libstdc++, where ThreadSanitizer does not see it.
+// The worker releases a child coroutine's exception after the caller has read it. The reference count that orders the
+// two is in libstdc++, where ThreadSanitizer does not see it.
 extern "C" const char* __tsan_default_suppressions() {
   return "race:std::__exception_ptr::exception_ptr::_M_release\n";
 }
@@ -47,9 +47,9 @@ class World : public Ground {
       });
     }
     threads.clear();
-    // First, for tasks that go on when their bridge is gone may enter the others.
+    // First, since tasks that outlive their bridge may still call the others.
     if (!comes([&] { return frames == 0; })) violation("a frame is never destroyed");
-    // Nobody waits for anybody any more, so nothing is a ring.
+    // Nothing waits any more, so no call closes a ring.
     for (const auto& a : bridges_) {
       for (const auto& b : bridges_) {
         if (a == b || a->history->closing || b->history->closing) continue;
@@ -65,7 +65,7 @@ class World : public Ground {
   }
 
   void operate(Dice& schedule, const Path& path) {
-    Dice dice(schedule.next());  // of its own, for how many it takes depends on what it meets
+    Dice dice(schedule.next());  // its own, since the number of throws depends on timing
     const int roll = dice.under(64);
     ++operations;
     if (roll < 32) return call(dice, path);
@@ -104,7 +104,7 @@ class World : public Ground {
     return std::make_shared<Bridge>(level, options, dice.one_in(2));
   }
 
-  /// Whoever enters a bridge holds a reference; whoever drops the last one destroys it, be it a task on its worker.
+  /// Every user of a bridge holds a reference. The last one destroys it, which may be a task on its own worker.
   std::shared_ptr<Bridge> take(Dice& dice, const Path& path) {
     const int level = slot(dice, path);
     const std::lock_guard lock(mutex);
@@ -116,13 +116,13 @@ class World : public Ground {
   }
 
   void plan(Record& record, Dice& dice, const Path& path) {
-    const int roll = dice.under(path.size() < 3 ? 34 : 30);  // a bound on how deep calls are nested
+    const int roll = dice.under(path.size() < 3 ? 34 : 30);  // limits how deep calls are nested
     record.kind = roll < 4 ? Kind::returns : roll < 30 ? Kind(1 + (roll - 4) / 2) : Kind::nests;
     record.known_ring = std::find(path.begin(), path.end(), record.history) != path.end();
     record.ring_possible = record.known_ring || (!ordered_ && !path.empty());
   }
 
-  /// A caller cancels by a deadline, by a stop from elsewhere, by both, or not at all.
+  /// A caller cancels by a deadline, by a stop from another thread, by both, or not at all.
   template <class Task>
   auto enter(Record& record, Dice& dice, Task&& task) {
     const RuntimeBridge& bridge = record.entry->bridge;
@@ -172,8 +172,8 @@ class World : public Ground {
   std::pair<std::shared_ptr<Record>, JoinHandle<Payload>> send(Dice& dice, const Path& path, const Bridge& bridge) {
     auto record = std::make_shared<Record>(Record{*this, bridge.history, dice.next(), {bridge.history}});
     plan(*record, dice, path);
-    if (record->kind == Kind::stops_itself) record->kind = Kind::parks;  // the handle's stop is the owner's
-    // What this thread owns has no level, so it must not wait for what has one.
+    if (record->kind == Kind::stops_itself) record->kind = Kind::parks;  // its handle belongs to the caller
+    // This thread's own bridges have no level, so they must not wait for those that have one.
     if (record->kind == Kind::nests && bridge.history->level == slots) record->kind = Kind::returns;
     record->may_start = !bridge.history->closed;
     const int form = dice.under(3);
@@ -189,7 +189,7 @@ class World : public Ground {
     finish(*record, std::move(handle), dice.under(6));
   }
 
-  /// All that can be done with a handle. No task is left that waits for ever.
+  /// Does one of the things that can be done with a handle. Leaves no task that waits forever.
   void finish(Record& record, JoinHandle<Payload> handle, int end) {
     const auto stop = [&] { record.source.request_stop(), handle.request_stop(); };
     if (end == 0 && handle.wait_for(100us)) record.check(handle.done(), "waited for, and not done");
@@ -207,7 +207,7 @@ class World : public Ground {
       told.acquire();
       return judge(record, result, 0);
     }
-    handle = JoinHandle<Payload>();  // which stops and waits, but for a ring
+    handle = JoinHandle<Payload>();  // stops and waits, unless that closes a ring
     if (!record.ring_possible) record.check(record.frames == 0, "the handle's destructor did not wait");
   }
 
@@ -234,7 +234,7 @@ class World : public Ground {
     bridges_[static_cast<std::size_t>(level)].swap(bridge);
   }
 
-  /// Moves of bridges that are this thread's own, with calls in flight.
+  /// Moves this thread's own bridges, with calls in flight.
   void move(Dice& dice, const Path& path) {
     const auto to = make(dice, slots), from = make(dice, slots);
     std::vector<std::pair<std::shared_ptr<Record>, JoinHandle<Payload>>> calls;
@@ -257,7 +257,7 @@ class World : public Ground {
   }
 
   const std::uint64_t seed_;
-  const bool ordered_;  // a worker waits for bridges of its own level or a higher one only: nothing closes a ring
+  const bool ordered_;  // workers wait only for bridges of their own level or a higher one, so there are no rings
   std::array<std::shared_ptr<Bridge>, slots> bridges_;  // guarded by `mutex`
 };
 

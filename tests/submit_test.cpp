@@ -145,7 +145,7 @@ TEST_CASE("submit: request_stop cancels the task, and has no effect once it is o
   CHECK(outcome(failed.join()) == threw("before the stop"));
 }
 
-// Race: one thread joins, another asks for the stop.
+// Race: one thread joins while another requests a stop.
 TEST_CASE("submit: a stop races with join", "[race]") {
   RuntimeBridge bridge;
   for (int round = 0; round < 1'000; ++round) {
@@ -188,7 +188,7 @@ TEST_CASE("submit: the handle's destructor stops and joins") {
   gone = false;
   auto handle = bridge.submit(task);
   await_calls(bridge, 1);
-  handle = bridge.submit([] {});  // as does assignment
+  handle = bridge.submit([] {});  // assignment does the same
   CHECK(gone);
   CHECK(handle.join().has_value());
 }
@@ -204,7 +204,7 @@ TEST_CASE("submit: on the worker everything works except join") {
     done = handle.done();
     waited = handle.wait_for(std::chrono::hours::max());
     joined = outcome(handle.join());
-    survivor = std::move(handle);  // not lost by the refused join
+    survivor = std::move(handle);  // the refused join has kept the task
 
     const auto dropped = bridge.submit(park());  // its destructor cannot wait either
   }));
@@ -227,7 +227,7 @@ TEST_CASE("submit: rings through handles") {
   std::atomic<bool> a_waits{false};
   auto on_b = b.submit([&]() -> awaitable<void> {
     co_await run_until(a_waits);
-    // A's worker waits for this very task, through its handle.
+    // A's worker waits for this task, through its handle.
     for (;;) {
       of_b = outcome(a.block_on([] {}));
       if (of_b == would_deadlock) co_return;
@@ -239,7 +239,7 @@ TEST_CASE("submit: rings through handles") {
   }));
   CHECK(of_a == succeeded);
   CHECK(of_b == would_deadlock);
-  // A wait that gave up leaves no note.
+  // A wait that timed out leaves no wait record.
   unwrap(a.block_on([&] {
     auto parked = b.submit(park());
     (void)parked.wait_for(1ms);
@@ -264,7 +264,7 @@ TEST_CASE("submit: ten thousand at once", "[slow]") {
   CHECK(bridge.in_flight() == 0);
 }
 
-// Race: a handle is destroyed, or asked to stop, while its task completes.
+// Race: a handle is destroyed or requests a stop while its task completes.
 TEST_CASE("submit: destruction of a handle races with completion", "[race]") {
   RuntimeBridge bridge;
   const auto alive = std::make_shared<int>(0);
@@ -280,9 +280,9 @@ TEST_CASE("submit: destruction of a handle races with completion", "[race]") {
   CHECK(alive.use_count() == 1);
 }
 
-// The stress test found this one: the handle's stop was posted, in the memory of a call that had never been sent.
+// Found by the stress test: the handle's stop was posted in the memory of a call that had never been sent.
 TEST_CASE("submit: a refused call is over and its task destroyed") {
-  const RuntimeBridge bridge(lazy());  // without a worker, so what is posted stays where it is
+  const RuntimeBridge bridge(lazy());  // without a worker, so handlers stay in the queue
   REQUIRE(bridge.shutdown(Shutdown::drain));
   auto owned = std::make_shared<int>(0);
   const std::weak_ptr<int> watch = owned;
@@ -295,7 +295,7 @@ TEST_CASE("submit: a refused call is over and its task destroyed") {
   CHECK(handle.join().error() == BridgeError::WorkerDead);
 }
 
-// Race: other threads ask a handle that is detached. TSan.
+// Race, for TSan: other threads use a handle while it is detached.
 TEST_CASE("submit: detach runs concurrently with request_stop and done") {
   const RuntimeBridge bridge;
   for (int round = 0; round < 300; ++round) {

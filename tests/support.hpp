@@ -102,13 +102,13 @@ inline Options lazy() {
   return options;
 }
 
-/// Waits for a state that another thread brings about. A state that never comes is the ctest timeout's business.
+/// Waits until another thread has made the condition true. If it never does, the ctest timeout ends the test.
 template <class Condition>
 void await_state(Condition condition) {
   while (!condition()) std::this_thread::yield();
 }
 
-/// What the system tells of a thread.
+/// The name and the state of a thread, as the system reports them.
 struct ThreadStatus {
   explicit ThreadStatus(const std::filesystem::path& folder) {
     std::string line;  // "123 (name) S ..."; none if the thread has ended
@@ -121,7 +121,7 @@ struct ThreadStatus {
   }
 
   std::string name;
-  char state = 0;  // 'R' if it runs, or could; 'S' if it waits for something
+  char state = 0;  // 'R': running or runnable; 'S': sleeping
 };
 
 /// How many threads of this process meet the condition.
@@ -133,19 +133,19 @@ std::size_t count_threads(Condition condition) {
       std::count_if(begin(threads), end(threads), [&](const auto& thread) { return condition(ThreadStatus(thread)); }));
 }
 
-/// Whether a thread has the name that workers have by default. A thread names itself when it starts and is listed for a
-/// moment after it was joined, so wait for a number of them: `await_workers`.
+/// Whether a thread has the default name of workers. A thread gets its name after it has started and is listed for a
+/// moment after it was joined, so use `await_workers` to wait for a number of them.
 inline bool is_worker(const ThreadStatus& thread) { return thread.name == Options().thread_name; }
 
-/// Waits until `calls` calls of the bridge have been started and run as far as they can by themselves.
+/// Waits until the bridge has this number of calls in flight, all of them started and suspended.
 inline void await_calls(const RuntimeBridge& bridge, std::size_t calls) {
-  // A call counts before it is sent, and its caller sleeps only after.
+  // A call is counted before it is sent, and its caller sleeps afterwards.
   const auto awake = [](const ThreadStatus& thread) { return thread.state != 'S' && !is_worker(thread); };
   await_state([&] { return bridge.in_flight() == calls && count_threads(awake) == 1; });
-  unwrap(bridge.block_on([] {}));  // which was queued behind their starts
+  unwrap(bridge.block_on([] {}));  // queued behind their starts
 }
 
-/// Parks on the bridge's own context, for longer than any test runs.
+/// Waits on the bridge's own context, longer than any test runs.
 inline awaitable<void> park() {
   asio::steady_timer timer(co_await asio::this_coro::executor, 24h);
   co_await timer.async_wait(use_awaitable);
@@ -158,7 +158,7 @@ inline awaitable<void> park_stubbornly() {
   co_await std::move(parked);
 }
 
-/// Never parks: runs on through the context's queue.
+/// Never waits: posts itself to the context again and again.
 inline awaitable<void> run_in_circles() {
   for (;;) co_await asio::post(use_awaitable);
 }
@@ -169,7 +169,7 @@ awaitable<void> run_until(const Flag& flag) {
   while (!flag) co_await asio::post(use_awaitable);
 }
 
-/// Suspends so often, and returns that number.
+/// Suspends this number of times, and returns it.
 inline awaitable<int> hops(int number) {
   for (int hop = 0; hop < number; ++hop) co_await asio::post(use_awaitable);
   co_return number;
@@ -199,7 +199,7 @@ inline std::thread::id worker_of(const RuntimeBridge& bridge) {
   return unwrap(bridge.block_on([] { return std::this_thread::get_id(); }));
 }
 
-/// Its destructor notes the thread that it runs on.
+/// Its destructor records the thread that it runs on.
 class NotesItsEnd {
  public:
   explicit NotesItsEnd(std::thread::id& where) : where_(&where) {}
@@ -310,7 +310,7 @@ struct Catch::StringMaker<BridgeError::Kind> {
 /// Waits until the bridge admits no calls any more.
 inline void await_closed(const RuntimeBridge& bridge) {
   await_state([&] {
-    auto probe = bridge.submit([] {});  // which is not waited for, as nobody might run it
+    auto probe = bridge.submit([] {});  // not waited for, since it may never run
     const bool refused = probe.done() && outcome(probe.join()) == worker_dead;
     probe.detach();
     return refused;
@@ -333,7 +333,7 @@ inline std::chrono::nanoseconds cpu_time(clockid_t clock) {
   return std::chrono::seconds(t.tv_sec) + std::chrono::nanoseconds(t.tv_nsec);
 }
 
-/// The shortest time of some attempts, as the machine may have other things to do.
+/// The shortest time of several attempts, since the machine may be busy.
 template <class Attempt>
 std::chrono::nanoseconds quickest(Attempt attempt, int attempts = 5) {
   auto best = std::chrono::nanoseconds::max();
@@ -341,10 +341,10 @@ std::chrono::nanoseconds quickest(Attempt attempt, int attempts = 5) {
   return best;
 }
 
-/// What a thread is at.
+/// The CPU time and the state of a thread.
 class Watch {
  public:
-  /// The one that makes this.
+  /// Watches the current thread.
   Watch() : folder_("/proc/self/task/" + std::to_string(gettid())) { pthread_getcpuclockid(pthread_self(), &clock_); }
 
   std::chrono::nanoseconds cpu() const { return cpu_time(clock_); }
@@ -356,7 +356,7 @@ class Watch {
   clockid_t clock_{};
 };
 
-/// A thread pool of one, occupied until it is told to go on: something foreign that a task can be parked on.
+/// A pool with one thread that is blocked until `go_on`: a task can wait there, where the bridge cannot destroy it.
 class Foreign {
  public:
   Foreign() {
@@ -378,7 +378,7 @@ class Foreign {
   asio::thread_pool pool_{1};
 };
 
-/// A limit of this process, while it lives.
+/// Sets a resource limit of this process until it is destroyed.
 class Limit {
  public:
   using Resource = decltype(RLIMIT_NOFILE);
@@ -395,17 +395,17 @@ class Limit {
   rlimit before_{};
 };
 
-/// Leaves no address space for the stack of another thread.
+/// Makes the creation of threads fail: there is no address space for another stack.
 class NoMoreThreads {
  public:
   NoMoreThreads() {
     pthread_getattr_default_np(&before_);
     pthread_attr_t large;
     pthread_attr_init(&large);
-#ifdef SANITIZED  // whose shadow memory does not fit under any limit
+#ifdef SANITIZED  // the shadow memory does not fit under any limit
     pthread_attr_setstacksize(&large, std::size_t{1} << 60);
 #else
-    pthread_attr_setstacksize(&large, std::size_t{8} << 30);  // larger than those that glibc keeps of past threads
+    pthread_attr_setstacksize(&large, std::size_t{8} << 30);  // larger than the stacks that glibc keeps for reuse
     address_space_.emplace(RLIMIT_AS, rlim_t{4} << 30);
 #endif
     pthread_setattr_default_np(&large);
@@ -417,7 +417,7 @@ class NoMoreThreads {
   std::optional<Limit> address_space_;
 };
 
-/// Runs `body` in a child process and gives its exit code; -1 for a signal, which is what a hang ends with.
+/// Runs `body` in a child process and returns its exit code, or -1 if a signal ended it, which a hang gets.
 template <class Body>
 int in_child_process(Body body) {
   std::fflush(nullptr);
@@ -430,7 +430,7 @@ int in_child_process(Body body) {
     } catch (...) {
     }
 #ifdef COVERED
-    __gcov_dump();  // which _exit leaves out
+    __gcov_dump();  // _exit does not
 #endif
     _exit(code);
   }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The system fails, interferes or ends: no thread, no descriptor, signals, forks, exit, libraries that are unloaded.
-// Most cases run in a child process, for they leave traces in their own; its exit code tells which check has failed.
+// Exhaustion of threads and descriptors, signals, fork, exit and dlclose. Most tests run in a child process, since they
+// change the process; its exit code is the number of the check that failed.
 
 #include <dlfcn.h>
 #include <fcntl.h>
@@ -27,7 +27,7 @@ using runtime_bridge::Shutdown;
 
 namespace {
 
-/// Leaves so many descriptors to be opened.
+/// Lets this process open only this number of further descriptors.
 class DescriptorsLeft : Limit {
  public:
   explicit DescriptorsLeft(int number) : Limit(RLIMIT_NOFILE, end_of(number)) {}
@@ -67,7 +67,7 @@ awaitable<int> take(int milliseconds) {
   co_return milliseconds;
 }
 
-/// A static of this kind runs when those that were made after it are gone; a thread_local, too.
+/// Runs a function when a static or a thread_local is destroyed: after those that were made later.
 struct AtExit {
   std::function<void()> run;
   ~AtExit() { run(); }
@@ -113,9 +113,9 @@ TEST_CASE("system: a worker starts once threads are available again", "[child][l
 }
 
 #ifdef ASIO_HAS_IO_URING_AS_DEFAULT
-constexpr int too_few = 1;  // descriptors and one more: it cannot have worked with none
+constexpr int too_few = 1;  // one more than the number of descriptors that cannot be enough: none
 #else
-constexpr int too_few = 2;  // nor with one
+constexpr int too_few = 2;  // or one
 #endif
 
 TEST_CASE("system: too few descriptors for a worker", "[child]") {
@@ -130,7 +130,7 @@ TEST_CASE("system: too few descriptors for a worker", "[child]") {
               const DescriptorsLeft limit(left);
               const auto first = late->block_on([&] { return ++runs; });
               enough = first.has_value();
-              if (enough && late->block_on([] { return take(5); }) != 5) return 1;  // even if it got no timerfd
+              if (enough && late->block_on([] { return take(5); }) != 5) return 1;  // works without a timerfd, too
               if (!enough && (!could_not_start(first, none) || runs != 0 || !none_starts(none))) return 2;
             }
             if (late->block_on([] { return take(5); }) != 5) return 3;
@@ -179,14 +179,14 @@ void count_signal(int) {
   if (is_a_worker) ++signals_of_worker;
 }
 
-/// Interrupts all threads but its own, in whatever they wait for.
+/// Sends signals to all threads except its own.
 void storm(const std::stop_token& stop) {
   while (!stop.stop_requested()) {
     for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
       const pid_t thread = std::stoi(task.path().filename());
       if (thread != gettid()) tgkill(getpid(), thread, SIGUSR1);
     }
-    std::this_thread::sleep_for(50us);  // let them get somewhere
+    std::this_thread::sleep_for(50us);  // let them make progress
   }
 }
 
@@ -231,7 +231,7 @@ TEST_CASE("system: signals do not end a wait early", "[timing]") {
     const std::jthread interrupter(storm);
     callers.clear();
   }
-  signal(SIGUSR1, SIG_IGN);  // some may still be on their way
+  signal(SIGUSR1, SIG_IGN);  // some may still be pending
   CHECK(right == std::array{true, true, true, true, true});
   CHECK(signals > 100);
   CHECK(signals_of_worker == 0);
@@ -252,13 +252,13 @@ TEST_CASE("system: the worker blocks the program's signals") {
     for (const int number : {SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGALRM, SIGCHLD, SIGPIPE, SIGPROF, SIGUSR1, SIGRTMIN}) {
       CHECK(sigismember(&mask, number) == 1);
     }
-    CHECK(sigismember(&mask, SIGSEGV) == 0);  // a crash reporter's
+    CHECK(sigismember(&mask, SIGSEGV) == 0);  // for crash reporters
   }
   pthread_sigmask(SIG_SETMASK, nullptr, &after);
   for (int number = 1; number < SIGRTMIN; ++number) CHECK(sigismember(&before, number) == sigismember(&after, number));
 }
 
-// poco#2978: a bridge made before main blocks the signals that it waits for.
+// As in poco#2978: the worker exists before main blocks the signals that it waits for.
 TEST_CASE("system: a signal reaches the thread that waits for it", "[child]") {
   CHECK(in_child_process([] {
           const RuntimeBridge bridge;
@@ -317,7 +317,7 @@ TEST_CASE("system: fork while threads wait", "[child]") {
                   if (const int code = use_inherited(bridge)) return code;
                 }
                 if (!parked[1].done() || !parked[1].wait_for(1h)) return 5;
-                for (auto& handle : parked) handle = {};  // which stops it, and does not wait
+                for (auto& handle : parked) handle = {};  // stops it and does not wait
                 return 0;
               }) == 0);
     }
@@ -328,7 +328,7 @@ TEST_CASE("system: fork while threads wait", "[child]") {
   CHECK(cancelled == 2);
 }
 
-#ifndef SANITIZED  // whose runtimes do not survive a fork of a busy process
+#ifndef SANITIZED  // the runtimes do not survive a fork of a busy process
 TEST_CASE("system: hundreds of forks while threads call, submit, stop, shut down and destroy", "[child][race][slow]") {
   auto first = std::make_unique<RuntimeBridge>();
   auto second = std::make_unique<RuntimeBridge>();
@@ -350,7 +350,7 @@ TEST_CASE("system: hundreds of forks while threads call, submit, stop, shut down
         return own.shutdown(Shutdown::cancel) && outcome(parked.join()) == BridgeError::Cancelled;
       },
       [] { return RuntimeBridge(lazy()).block_on([] { return 1; }) == 1; },
-      [&third] {  // holds the lock of the rings most of the time
+      [&third] {  // holds the lock of the wait graph most of the time
         const auto rings = [&] {
           int found = 0;
           for (int i = 0; i < 1000; ++i) found += outcome(third.block_on([] {})) == BridgeError::WouldDeadlock ? 1 : 0;
@@ -393,7 +393,7 @@ namespace {
 
 std::atomic<int> endless_calls{0};
 
-/// Older than any static of a header, and so the last to go: endless calls, if there are any, still go on then.
+/// Made before any static of a header, so it is destroyed last. Endless calls, if there are any, must still go on then.
 [[gnu::init_priority(101)]] const struct Last {
   ~Last() {
     if (const int before = endless_calls) await_state([before] { return endless_calls > before + 100; });
@@ -402,7 +402,7 @@ std::atomic<int> endless_calls{0};
 
 const pid_t program = getpid();
 
-// Its worker starts when main() is over. A child that leaves by exit() destroys it, too, but has no worker for it.
+// Its worker starts after main(). A child that calls exit() destroys the bridge, too, but has no worker.
 RuntimeBridge at_namespace_scope(lazy());
 
 const AtExit uses_it{[] {
@@ -410,7 +410,7 @@ const AtExit uses_it{[] {
   if (getpid() == program ? result != 5 : outcome(result) != BridgeError::WorkerDead) _exit(70);
 }};
 
-/// Begins calls that nobody ends, each on a thread of its own, and counts those that the exit ends as it should.
+/// Starts calls that only exit ends, each on its own thread, and counts those that end with ResponseLost.
 void begin_calls(const RuntimeBridge& bridge, std::size_t number, std::atomic<int>& lost) {
   for (std::size_t i = 0; i < number; ++i) {
     std::thread([&] {
@@ -439,7 +439,7 @@ TEST_CASE("system: exit with calls in flight", "[child]") {
               const RuntimeBridge& used = destroyed ? in_static : *leaked;
               begin_calls(used, 4, lost);
               for (const RuntimeBridge* bridge : {leaked, &on_the_stack}) {
-                std::thread([bridge] {  // goes on to the very end
+                std::thread([bridge] {  // runs until the process ends
                   while (bridge->block_on([] { return 1; }) == 1) ++endless_calls;
                   _exit(2);
                 })
@@ -502,7 +502,7 @@ TEST_CASE("system: a thread_local bridge that outlives those of main", "[child]"
           }};
           static RuntimeBridge of_the_program;
           static std::latch begun(1);
-          static const std::jthread thread([] {  // which the exit waits for, after main's own thread_locals
+          static const std::jthread thread([] {  // exit joins it, after main's thread_locals
             thread_local RuntimeBridge bridge;
             served += bridge.block_on([] { return 1; }).value_or(0);
             begun.count_down();
@@ -532,7 +532,7 @@ TEST_CASE("system: a worker's thread_local outlives its bridge", "[child]") {
             bridge.reset();
           });
           await_state([] { return dies.load(); });
-          handle = {};  // which is the last that shares what was the bridge's
+          handle = {};  // the last owner of the bridge's shared state
           is_alone = true;
           await_workers(0);
           return served == 1 ? 0 : 1;
@@ -547,7 +547,7 @@ TEST_CASE("system: a worker's thread_locals destroy its bridge and make calls", 
             static const bool another = by_another;
             unwrap(bridge->block_on([] {
               thread_local const AtExit user{[] { served = RuntimeBridge().block_on([] { return 1; }).value_or(0); }};
-              thread_local const AtExit destroyer{[] {  // the first to go
+              thread_local const AtExit destroyer{[] {  // destroyed first
                 await_state([] { return bridge->in_flight() == 0; });
                 if (another) {
                   unwrap(RuntimeBridge().block_on([] { bridge.reset(); }));
@@ -555,7 +555,7 @@ TEST_CASE("system: a worker's thread_locals destroy its bridge and make calls", 
                   bridge.reset();
                 }
               }};
-              bridge->shutdown(Shutdown::drain);  // so the worker ends by itself
+              bridge->shutdown(Shutdown::drain);  // the worker ends by itself
             }));
             await_workers(0);
             return served == 1 && !bridge ? 0 : 1;
@@ -566,7 +566,7 @@ TEST_CASE("system: a worker's thread_locals destroy its bridge and make calls", 
 // ---------------------------------------------------------------------------------------------------------------------
 // Libraries that are unloaded
 
-#ifdef PLUGIN  // which tests/mutation does without
+#ifdef PLUGIN  // tests/faults has none
 namespace {
 
 class Library {
@@ -586,7 +586,7 @@ class Library {
   }
 
  private:
-  static inline std::mutex loader;  // has one of its own, which ThreadSanitizer does not see
+  static inline std::mutex loader;  // the loader has its own, which ThreadSanitizer does not see
   void* handle_;
 };
 
@@ -596,8 +596,9 @@ bool is_loaded(const char* path) {
   return handle;
 }
 
-/// Loads, uses and closes a library, again and again beside a bridge of the program's own. Its static bridge goes with
-/// it, or both stay: g++ makes inline variables unique in a process, and a library that has such is never unloaded.
+/// Loads, uses and closes a library repeatedly, beside a bridge of the program. The library's static bridge is
+/// destroyed with it, or both stay: g++ makes inline variables unique in a process, and never unloads a library that
+/// has some.
 int load_and_close(const char* path, bool may_stay) {
   const auto without = descriptors_of_this_process();
   const RuntimeBridge own;
@@ -615,13 +616,13 @@ int load_and_close(const char* path, bool may_stay) {
     }
     if (round == 1) stays = may_stay && is_loaded(path);
     if (is_loaded(path) != stays) return 5;
-    // Without the library's handlers, or with what they need.
+    // The library's fork handlers are gone, or the library is still there.
     if (in_child_process([&] { return outcome(own.block_on([] {})) == BridgeError::WorkerDead ? 0 : 1; }) != 0)
       return 6;
     await_workers(stays ? 2 : 1);
     if (descriptors_of_this_process() != descriptors + (stays ? descriptors - without : 0)) return 7;
   }
-#ifndef _LIBCPP_VERSION  // whose unwinder takes the loader's lock, which dlclose holds while the call is cancelled
+#ifndef _LIBCPP_VERSION  // LLVM's unwinder takes the loader's lock, which dlclose holds while the call is cancelled
   {
     const Library library(path);
     library.function<void()>("leave_a_call")();

@@ -24,7 +24,7 @@ asio::awaitable<int, IoExecutor> twice_io(int n) {
 }
 
 struct MoveOnly {
-  explicit MoveOnly(int n) : p(std::make_unique<int>(n)) {}  // and no default constructor
+  explicit MoveOnly(int n) : p(std::make_unique<int>(n)) {}  // no default constructor
   std::unique_ptr<int> p;
 };
 
@@ -129,15 +129,15 @@ TEST_CASE("task: results of every movable type") {
   CHECK(over_aligned->n == 4);
   CHECK(aligned(*over_aligned));
 
-  // The backend's own outcome inside the call's: the pattern of every backend.
+  // A backend's own result inside the call's, as every backend has it.
   const auto nested = bridge.block_on([] { return error_result<int>(BridgeError::TimedOut); });
   REQUIRE(nested.has_value());
   CHECK(nested->error() == BridgeError::TimedOut);
 }
 
 #ifndef SANITIZED
-// Asio allocates coroutine frames with the default alignment, so UBSan objects to every frame that such a value passes
-// through, the task's own first of all. What arrives is whole and aligned all the same.
+// Asio allocates coroutine frames with the default alignment, so UBSan reports every frame that such a value passes
+// through. The result is aligned all the same.
 TEST_CASE("task: an awaitable's over-aligned result") {
   RuntimeBridge bridge;
   const auto result = bridge.block_on(make<OverAligned>(6));
@@ -148,7 +148,7 @@ TEST_CASE("task: an awaitable's over-aligned result") {
 
 TEST_CASE("task: calls from different threads run concurrently") {
   RuntimeBridge bridge;
-  // The first task can only end once the second has run.
+  // The first task ends only after the second has run.
   bool second_has_run = false;
   std::jthread caller([&] { unwrap(bridge.block_on(run_until(second_has_run))); });
   await_state([&] { return bridge.in_flight() == 1; });

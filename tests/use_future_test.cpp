@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the README says of `co_spawn(context, task, use_future).get()`, with the Asio in use. A wait that never ends is
-// shown by one that ends after a while.
+// What the README says about `co_spawn(context, task, use_future).get()`, with the Asio in use. A wait counts as
+// endless if it takes 100 ms.
 
 #include <asio/co_spawn.hpp>
 #include <asio/executor_work_guard.hpp>
@@ -15,7 +15,7 @@
 
 namespace {
 
-/// A thread of one's own, as people write it.
+/// A context and its thread, as users write them.
 class Naive {
  public:
   Naive() : thread_([this] { context.run(); }) {}
@@ -56,7 +56,7 @@ TEST_CASE("use_future: hangs when it is called from a task on the worker") {
 TEST_CASE("use_future: hangs in a forked child", "[child]") {
   Naive naive;
   CHECK(in_child_process([&] {
-          alarm(2);  // the post itself may hang as well, on a lock that was held during the fork
+          alarm(2);  // the post may hang, too, on a lock that was held during the fork
           auto future = asio::co_spawn(naive.context, seven(), asio::use_future);
           return hangs(future) ? 0 : 1;
         }) != 1);
@@ -74,7 +74,7 @@ TEST_CASE("use_future: one stray exception in any handler ends the program", "[c
 }
 #endif
 
-/// Does not die before the caller is back. If it died before, the test would hang.
+/// Its destructor waits until the caller has returned. If get() waited for the destructor, the test would hang.
 struct Capture {
   explicit Capture(std::shared_future<void> back) : caller_is_back(std::move(back)) {}
   Capture(Capture&&) = default;

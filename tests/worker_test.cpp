@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The worker: how it starts, what it is called, and what it survives.
+// The worker: how it starts, its name, and what it survives.
 
 #include <pthread.h>
 #include <sys/resource.h>
@@ -111,7 +111,7 @@ TEST_CASE("start: an eager constructor starts the thread and opens the reactor")
     CHECK(taken > descriptors);
     asio::steady_timer timer(bridge.get_executor(), 1ms);
     CHECK(bridge.block_on(timer.async_wait(asio::deferred)).has_value());
-    CHECK(descriptors_of_this_process() == taken);  // the first timer needs none of its own
+    CHECK(descriptors_of_this_process() == taken);  // the first timer opens none
   }
   await_workers(0);
   CHECK(descriptors_of_this_process() == descriptors);
@@ -136,7 +136,7 @@ TEST_CASE("start: without descriptors the constructor fails") {
 }
 
 TEST_CASE("start: without a thread the constructor fails", "[child][limit]") {
-  // In a process of its own: Catch2 may need memory while the limit stands.
+  // In a child process, since Catch2 may need memory under the limit.
   CHECK(in_child_process([] {
           RuntimeBridge late(lazy());
           std::optional<NoMoreThreads> limit(std::in_place);
@@ -221,7 +221,7 @@ TEST_CASE("start: a lazy bridge that could not start may be destroyed") {
   CHECK_FALSE(bridge.block_on([] {}).has_value());
 }
 
-// Race: the first call starts the worker while somebody stops its context, or shuts the bridge down.
+// Race: the first call starts the worker while another thread stops its context or shuts the bridge down.
 TEST_CASE("start: the first call races with context().stop() and shutdown", "[race]") {
   for (int round = 0; round < 1'000; ++round) {
     RuntimeBridge bridge(lazy());

@@ -126,6 +126,17 @@ elseif(CASE STREQUAL "plain")
 elseif(CASE STREQUAL "two_units")
   compile("${here}/two_units/main.cpp;${here}/two_units/other.cpp" ${includes} -pthread)
 
+elseif(CASE STREQUAL "separate_compilation")
+  set(units ${here}/two_units/main.cpp ${here}/two_units/other.cpp)
+  list(APPEND includes -DRUNTIME_BRIDGE_SEPARATE_COMPILATION)
+  compile("${units};${here}/separate_compilation.cpp" ${includes} -pthread)
+  # Without the file that includes src.hpp, the linker says what is missing.
+  execute_process(COMMAND ${COMPILER} ${STANDARD_FLAG} ${flags} ${units} ${includes} -pthread -o ${work}/incomplete
+    OUTPUT_VARIABLE output ERROR_VARIABLE output RESULT_VARIABLE result)
+  if(result EQUAL 0 OR NOT output MATCHES "undefined (reference|symbol).*runtime_bridge")
+    message(FATAL_ERROR "the units do not need what is compiled separately: ${output}")
+  endif()
+
 elseif(CASE STREQUAL "missing_asio")
   refuse(add_subdirectory ${bare} REASON "it was not found" ${ways_out_asio})
 
