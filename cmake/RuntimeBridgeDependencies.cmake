@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# Finds what the header includes, for the build and for the installed package alike. It makes the targets
-# runtime_bridge::asio and runtime_bridge::expected, or says in RUNTIME_BRIDGE_MISSING what is missing and what to do.
+# Finds Asio and tl::expected, both for the build and for the installed package. Defines the targets
+# runtime_bridge::asio and runtime_bridge::expected, or sets RUNTIME_BRIDGE_MISSING to a message that says what is
+# missing and how to get it.
 
-# A project that asks for an older CMake may be including this.
+# The project that includes this file may require an older CMake.
 cmake_policy(VERSION 3.21)
 
 # runtime_bridge_find(<name> TITLE <what it is> TARGETS <target>... PACKAGE <its CMake package> HEADER <path>
 #                     APT <package> REPOSITORY <url> TAG <tag> [MINIMUM <ASIO_VERSION>] [UNLESS <macro of <version>>])
 #
-# Takes the dependency from the first of: a target of the project; RUNTIME_BRIDGE_<NAME>_INCLUDE_DIR; its own CMake
-# package; the system's headers; its repository, if RUNTIME_BRIDGE_FETCH_DEPENDENCIES is on.
+# Uses the first that exists of: a target of the project; RUNTIME_BRIDGE_<NAME>_INCLUDE_DIR; the dependency's CMake
+# package; the system's headers; the repository, if RUNTIME_BRIDGE_FETCH_DEPENDENCIES is on. If it is not installed and
+# the compiler defines the macro UNLESS, the dependency is not needed, and nothing is downloaded.
 function(runtime_bridge_find name)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "TITLE;PACKAGE;HEADER;APT;REPOSITORY;TAG;MINIMUM;UNLESS" "TARGETS")
   string(TOUPPER "RUNTIME_BRIDGE_${name}_INCLUDE_DIR" dir)
@@ -59,7 +61,7 @@ function(runtime_bridge_find name)
 
   if(problem AND RUNTIME_BRIDGE_FETCH_DEPENDENCIES)
     include(FetchContent)
-    # Only the headers are wanted: a SOURCE_SUBDIR without CMakeLists.txt keeps its build out of ours.
+    # Only the headers are needed. A SOURCE_SUBDIR without CMakeLists.txt keeps the dependency from being built.
     FetchContent_Declare(${arg_PACKAGE}
       GIT_REPOSITORY ${arg_REPOSITORY} GIT_TAG ${arg_TAG} GIT_SHALLOW TRUE SOURCE_SUBDIR include)
     FetchContent_MakeAvailable(${arg_PACKAGE})

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# For `.`: makes sure that Debian packages are there. As root it installs what is missing, otherwise it says what is.
-# On other systems it does nothing, and CMake says what it does not find.
+# To be sourced. `need_packages PACKAGE...` makes sure that Debian packages are installed: as root it installs the
+# missing ones, otherwise it prints them and fails. On other systems it does nothing, and CMake reports what it does not
+# find.
 
 packages_listed=
 need_packages() {
@@ -17,7 +18,7 @@ need_packages() {
     return 1
   fi
   echo "$0: installing$missing"
-  # Quietly, but for what went wrong.
+  # The output is shown only if it fails.
   log=$(mktemp)
   if ! {
     { [ -n "$packages_listed" ] || apt-get update; } &&

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# Nothing but the library itself may come along with it.
+# A project that embeds the library must get no other targets and no BUILD_TESTING.
 
 get_property(targets DIRECTORY ${runtime_bridge_SOURCE_DIR} PROPERTY BUILDSYSTEM_TARGETS)
 if(NOT targets STREQUAL "runtime_bridge")

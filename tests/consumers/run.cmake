@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# Runs one CASE of the consumers: cmake -DCASE=... -D... -P run.cmake, as CMakeLists.txt calls it.
+# Runs one CASE, with the arguments that CMakeLists.txt gives: cmake -DCASE=... -D... -P run.cmake
 
 cmake_policy(VERSION 3.21)
 
@@ -17,12 +17,12 @@ endif()
 separate_arguments(flags UNIX_COMMAND "${FLAGS}")
 set(includes -I${REPOSITORY}/include)
 foreach(dir IN LISTS ASIO EXPECTED)
-  if(NOT dir STREQUAL "/usr/include")  # to name the compiler's own folder again would hide its headers from each other
+  if(NOT dir STREQUAL "/usr/include")  # with -isystem, #include_next would not find its headers
     list(APPEND includes -isystem ${dir})
   endif()
 endforeach()
 
-# Runs a command; it must succeed, and without a warning. Its output is in `output`, on one line.
+# Runs a command, which must succeed without a warning. Sets `output` to its output on one line.
 function(run)
   execute_process(COMMAND ${ARGV} OUTPUT_VARIABLE output ERROR_VARIABLE output RESULT_VARIABLE result)
   list(JOIN ARGV " " command)
@@ -55,7 +55,7 @@ function(consume folder)
   run(${work}/consumer)
 endfunction()
 
-# The project must be refused, in words that match each of the regular expressions after REASON.
+# The project must be rejected, with a message that matches each of the regular expressions after REASON.
 function(refuse folder)
   cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "REASON")
   configure_command(${folder} ${arg_UNPARSED_ARGUMENTS})
@@ -78,7 +78,7 @@ function(compile sources)
   run(${work}/consumer)
 endfunction()
 
-# Where this project found its dependencies, the consumers find them too.
+# The consumers use the dependencies that this project found.
 set(dependencies "")
 foreach(name IN ITEMS ASIO EXPECTED)
   if(${name})
@@ -86,7 +86,7 @@ foreach(name IN ITEMS ASIO EXPECTED)
     list(APPEND dependencies -DRUNTIME_BRIDGE_${name}_INCLUDE_DIR=${${name}})
   endif()
 endforeach()
-# A machine that has nothing installed.
+# As on a machine that has no dependencies installed.
 set(bare -DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF -DCMAKE_FIND_USE_SYSTEM_ENVIRONMENT_PATH=OFF
   -DCMAKE_FIND_USE_CMAKE_ENVIRONMENT_PATH=OFF -DCMAKE_FIND_USE_PACKAGE_REGISTRY=OFF)
 set(ways_out_asio
@@ -112,7 +112,7 @@ elseif(CASE STREQUAL "fetched")
     message("skipped: the folders of Asio and tl::expected are not known")
     return()
   endif()
-  # What a download would bring, laid out as the two repositories are.
+  # What a download would bring, with the folders of the two repositories.
   file(MAKE_DIRECTORY ${work}/asio/asio/include ${work}/expected/include)
   file(CREATE_LINK ${ASIO}/asio ${work}/asio/asio/include/asio SYMBOLIC)
   file(CREATE_LINK ${ASIO}/asio.hpp ${work}/asio/asio/include/asio.hpp SYMBOLIC)
@@ -177,7 +177,7 @@ elseif(CASE STREQUAL "pkg_config")
   run(${PKG_CONFIG} --exact-version=${VERSION} runtime_bridge)
   run(${PKG_CONFIG} --cflags --libs runtime_bridge)
   separate_arguments(output UNIX_COMMAND "${output}")
-  list(REMOVE_AT includes 0)  # this project's own; what is installed must do
+  list(REMOVE_AT includes 0)  # this project's own: the installed header must be used
   compile(${here}/main.cpp ${output} ${includes})
 
 else()

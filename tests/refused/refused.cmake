@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# COMMAND, a compiler's, must fail with one error, which SAYS this (a regular expression), and a few lines around it.
+# COMMAND compiles something. It must fail with one error of a few lines that matches the regular expression SAYS.
 
 cmake_policy(VERSION 3.21)
 
