@@ -207,9 +207,9 @@ using ChannelServices = Services<net::experimental::detail::channel_service<net:
 /// Names this thread for debuggers and process lists, where the system has names for threads.
 inline void name_thread([[maybe_unused]] const std::string& name) noexcept {
 #ifdef __linux__
-  char text[16] = {};  // with the final zero, as many as Linux takes
-  name.copy(text, 15);
-  pthread_setname_np(pthread_self(), text);
+  std::array<char, 16> text{};  // with the final zero, as many as Linux takes
+  name.copy(text.data(), text.size() - 1);
+  pthread_setname_np(pthread_self(), text.data());
 #endif
 }
 
@@ -1976,7 +1976,7 @@ struct TaskPointer {
   template <class Task>
   static TaskPointer to(std::remove_reference_t<Task>& task) noexcept {
     using Object = std::remove_reference_t<Task>;
-    return {address_of(task), [](void* object) -> Called { return invoke_task<Task>(*static_cast<Object*>(object)); }};
+    return {address_of(task), [](void* t) -> Called { return invoke_task<Task>(*static_cast<Object*>(t)); }};
   }
 
   Called operator()() const { return call(object); }
@@ -2000,7 +2000,7 @@ class HeldTask {
     using Object = std::decay_t<Task>;
     Object* object;
     if constexpr (sizeof(Object) <= sizeof(bytes_) && alignof(Object) <= alignof(std::max_align_t)) {
-      object = ::new (static_cast<void*>(bytes_)) Object(std::forward<Task>(task));
+      object = ::new (static_cast<void*>(bytes_.data())) Object(std::forward<Task>(task));
       destroy_ = [](void* o) { std::destroy_at(static_cast<Object*>(o)); };
     } else {
       object = new Object(std::forward<Task>(task));
@@ -2018,7 +2018,7 @@ class HeldTask {
  private:
   TaskPointer<Called> task_{};
   void (*destroy_)(void*) = nullptr;
-  alignas(std::max_align_t) std::byte bytes_[64];
+  alignas(std::max_align_t) std::array<std::byte, 64> bytes_;
 };
 
 /// A call that may have a `T`.
@@ -2139,7 +2139,8 @@ template <class Called, class Task, class Clock, class Duration>
 [[gnu::noinline]] auto block_on(const std::shared_ptr<Worker>& bridge, Task task,
                                 const std::chrono::time_point<Clock, Duration>& deadline, const StopToken& stop)
     -> Result<typename TaskCall<Called>::Value> {
-  const std::shared_ptr<Worker> worker = bridge;  // the bridge may be destroyed meanwhile
+  // The bridge may be destroyed meanwhile. NOLINTNEXTLINE(performance-unnecessary-copy-initialization)
+  const std::shared_ptr<Worker> worker = bridge;
   TaskCall<Called> call(std::move(task));
   if (!worker) return failure(BridgeError::WorkerDead, "the bridge was moved from");
   if (auto refusal = worker->block(call, deadline, stop)) return unexpected<BridgeError>(*std::move(refusal));
@@ -2290,7 +2291,7 @@ class RuntimeBridge {
     } else {
       using Called = typename detail::TaskTraits<Task>::Called;
       if constexpr (detail::is_awaitable<Task>) {
-        return detail::block_on<Called>(worker_, std::move(task), deadline, stop);
+        return detail::block_on<Called>(worker_, std::forward<Task>(task), deadline, stop);
       } else {
         const auto pointer = detail::TaskPointer<Called>::template to<Task>(task);
         return detail::block_on<Called>(worker_, pointer, deadline, stop);
