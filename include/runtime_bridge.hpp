@@ -1091,7 +1091,7 @@ class SpinPolicy {
   /// Worker: a call has arrived.
   void note_call() noexcept {
     called_ = true;
-    lone_calls_ = gate_.in_flight() > 1 ? 0 : std::min(lone_calls_ + 1, 100);
+    lone_calls_ = gate_.in_flight() > 1 ? 0 : (std::min)(lone_calls_ + 1, 100);
   }
 
   /// Worker: a caller that busy-waited has its result, and may soon call again. Do not sleep for a while.
