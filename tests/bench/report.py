@@ -104,7 +104,8 @@ def words():
         f"and eight callers, {cache[32][1]}.",
         f"- A bridge takes {context['bridge_bytes']} bytes, and {context['worker_bytes']} bytes on the heap. A call takes "
         f"{context['call_bytes']} bytes on the caller's stack.",
-        includes()])
+        includes(),
+        (folder / "compile.txt").read_text().rstrip()])
 
 
 def picture():
