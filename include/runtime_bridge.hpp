@@ -476,6 +476,7 @@ struct NotATask {};
 template <class Task>
 decltype(auto) invoke_task(std::remove_reference_t<Task>& task) {
   if constexpr (is_awaitable<Task>) {
+    // Not covered: only its type is used.
     return std::remove_cvref_t<Task>(std::move(task));
   } else if constexpr (std::invocable<Task>) {
     return std::forward<Task>(task)();
@@ -851,6 +852,7 @@ class Context : public net::io_context {
     restart();
     work_.reset();
     std::size_t forgotten = 0;
+    // Branch not covered: the operations that were destroyed are always counted.
     for (; forgotten < destroyed && !stopped(); ++forgotten) scheduler().work_finished();
     const SteadyTime end = std::chrono::steady_clock::now() + std::chrono::milliseconds(200);
     // More than once, in case somebody stops the context again. Without work it returns at once.
@@ -1269,9 +1271,8 @@ class CancelSignals {
 
   Emission emission() const noexcept { return emission_; }
 
-  /// Cancels a task, unless operations were destroyed: no slot is touched any more then.
+  /// Cancels a task. Handlers that call this run before operations are destroyed: they were queued before the stop.
   void cancel(CancelSignal& signal) noexcept {
-    if (emission_ == Emission::mark) return;
     signal.marked = true;
     emit(signal);
   }
@@ -1644,6 +1645,7 @@ RUNTIME_BRIDGE_INLINE std::optional<BridgeError> Worker::send(Call& call, WaitSc
   if (forked()) return dead("the worker lives in the parent process");
   try {
     start();
+    // Branch not covered: nothing else is thrown.
   } catch (const std::system_error&) {
     return dead("the worker could not be started", std::current_exception());
   }
@@ -1821,6 +1823,7 @@ RUNTIME_BRIDGE_INLINE void Worker::stop() noexcept {
 
 RUNTIME_BRIDGE_INLINE void Worker::detach() noexcept {
   const std::lock_guard lock(mutex_);
+  // Branch not covered: needs another thread that joins at this moment.
   if (!thread_.joinable()) return;
   thread_.detach();
   joined_ = true;
@@ -1830,6 +1833,7 @@ RUNTIME_BRIDGE_INLINE void Worker::detach() noexcept {
   } else if (ended_) {
     leak(shared_from_this());  // one of them makes a call just now
   }
+  // Branch not covered: g++ unlocks on both ways out.
 }
 
 #endif  // RUNTIME_BRIDGE_DECLARATIONS_ONLY
@@ -1941,8 +1945,8 @@ net::awaitable<void, Ex> drive(CallRef ref, CoroutineTask<Ex>& task, CancelSigna
   }
   // Nothing of the task stays in the signal: neither the handler of its last operation, nor its filters.
   co_await net::this_coro::reset_cancellation_state();
-  // Branch not covered: g++ undoes a coroutine whose start throws, which Asio's does not.
   running.end();
+  // Branch not covered: g++ undoes a coroutine whose start throws, which Asio's does not.
 }
 
 #pragma GCC diagnostic pop

@@ -3,6 +3,8 @@
 // submit and JoinHandle.
 
 #include <atomic>
+#include <cstddef>
+#include <cstdint>
 #include <latch>
 #include <memory>
 #include <optional>
@@ -16,6 +18,26 @@ using runtime_bridge::Shutdown;
 namespace {
 
 awaitable<std::unique_ptr<int>> boxed(int n) { co_return std::make_unique<int>(n); }
+
+/// A task of some size and alignment. It counts its instances, and its copies throw if that is asked for.
+template <std::size_t size, std::size_t alignment = 1>
+class Sized {
+ public:
+  Sized(std::atomic<int>& instances, bool throws) : instances_(&instances), throws_(throws) { ++*instances_; }
+  Sized(const Sized& other) : instances_(other.instances_), throws_(other.throws_) {
+    if (throws_) throw std::runtime_error("cannot be copied");
+    ++*instances_;
+  }
+  Sized& operator=(const Sized&) = delete;
+  ~Sized() { --*instances_; }
+
+  bool operator()() const { return reinterpret_cast<std::uintptr_t>(this) % alignof(Sized) == 0; }
+
+ private:
+  std::atomic<int>* instances_;
+  bool throws_;
+  alignas(alignment) std::byte data_[size];
+};
 
 }  // namespace
 
@@ -86,6 +108,21 @@ TEST_CASE("submit: a stop that races with the end of a task does not destroy it 
     while (!handle.done()) handle.request_stop();
     REQUIRE(coroutine == worker);
   }
+}
+
+// Small tasks are stored in the call, others on the heap.
+TEMPLATE_TEST_CASE("submit: a task of any size and alignment is destroyed once", "", (Sized<1>), (Sized<48>),
+                   (Sized<49>), (Sized<4096>), (Sized<1, 16>), (Sized<1, 32>), (Sized<1, 64>), (Sized<256, 64>)) {
+  RuntimeBridge bridge;
+  std::atomic<int> instances{0};
+  const TestType task(instances, false);
+  CHECK(bridge.submit(task).join() == true);
+  await_state([&] { return instances == 1; });
+
+  const TestType throwing(instances, true);
+  CHECK_THROWS_WITH(bridge.submit(throwing), "cannot be copied");
+  CHECK(bridge.in_flight() == 0);
+  CHECK(instances == 2);
 }
 
 TEST_CASE("submit: a task that throws, and a bridge that is gone") {

@@ -902,11 +902,7 @@ take:
       drop_reference(c, mode == STOPPED)
     fi
   :: kind == EMIT ->                                             // Worker::cancel: the handler
-#ifdef MUTANT_cancelled_after_destroying
-    d_step { if :: RUNNING(c) -> emit(c, true) :: else fi }
-#else
-    d_step { if :: RUNNING(c) && emission != MARKS -> emit(c, true) :: else fi }  // CancelSignals::cancel
-#endif
+    d_step { if :: RUNNING(c) -> assert(emission != MARKS); emit(c, true) :: else fi }  // CancelSignals::cancel
 #if !defined(MUTANT_reference_not_in_handler) && !defined(MUTANT_cancel_without_reference)
     drop_reference(c, mode == STOPPED)
 #endif
