@@ -982,7 +982,7 @@ TEST_CASE("pg: a statement on a stopped bridge fails and does not loop") {
     }
   };
   JoinHandle<void> call = db.bridge.submit(task);
-  JoinHandle<void> parked = db.bridge.submit(park());
+  JoinHandle<void> parked = db.bridge.submit(park_stubbornly());
   await_state([&] { return started.load(); });
   const std::jthread back_from_elsewhere([&] {
     await_state([&] { return parked.done(); });  // the bridge has destroyed what waits on its own context
