@@ -2,6 +2,7 @@
 //
 // submit and JoinHandle.
 
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -36,7 +37,7 @@ class Sized {
  private:
   std::atomic<int>* instances_;
   bool throws_;
-  alignas(alignment) std::byte data_[size];
+  alignas(alignment) std::array<std::byte, size> data_;
 };
 
 }  // namespace
