@@ -31,6 +31,7 @@
 #include "support/curl.hpp"
 #include "support/program.hpp"
 #include "support/s3.hpp"
+#include "support/shared_client.hpp"
 
 namespace {
 
@@ -41,36 +42,20 @@ using std::chrono::milliseconds;
 // ---------------------------------------------------------------------------------------------------------------------
 // The backend
 
-/// Turns what an asynchronous function returns or throws into the store's result.
-template <class T>
-awaitable<Outcome<T>> outcome_of(awaitable<T> task) {
+/// Describes the exception that is being handled, or rethrows it.
+BackendError describe_s3_error() {
   try {
-    if constexpr (std::is_void_v<T>) {
-      co_await std::move(task);
-      co_return Outcome<T>();
-    } else {
-      co_return co_await std::move(task);
-    }
+    throw;
   } catch (const s3::Error& e) {
-    co_return Failure({e.status() == 404 ? BackendError::NotFound : BackendError::Refused, e.what()});
+    return {e.status() == 404 ? BackendError::NotFound : BackendError::Refused, e.what()};
   } catch (const curl::Error& e) {
-    co_return Failure({BackendError::Unavailable, e.what()});
+    return {BackendError::Unavailable, e.what()};
   }
 }
 
-/// Copies are cheap: they share one bridge, whose worker starts with the first call, and the bucket's connections.
+/// Copies are cheap: they share one bridge and the bucket's connections.
 class S3ObjectStore final : public ObjectStore {
  private:
-  struct Shared {
-    explicit Shared(const s3::Settings& settings) : bucket(curl::Client(bridge.get_executor()), settings) {}
-    // A task may own the last copy. This then runs on the worker, where block_on is refused and close() may be called.
-    ~Shared() {
-      if (!bridge.block_on([&] { bucket.close(); })) bucket.close();
-    }
-    runtime_bridge::RuntimeBridge bridge{{.start = runtime_bridge::Start::lazy}};
-    s3::Bucket bucket;  // declared last: its sockets must be destroyed before the bridge
-  };
-
   inline static const std::string folder = "objects/";
   inline static const BackendError corrupt{BackendError::Corrupt, "the content does not match its address"};
   static std::string key(const std::string& address) { return folder + address; }
@@ -80,14 +65,10 @@ class S3ObjectStore final : public ObjectStore {
     co_await bucket.put(key(address), content, address);
     co_return address;
   }
-  template <class Function>
-  auto call(Function function) const {
-    return flatten(
-        shared_->bridge.block_on_for([&] { return outcome_of(std::invoke(function, shared_->bucket)); }, timeout_));
-  }
 
  public:
-  explicit S3ObjectStore(const s3::Settings& settings) : shared_(std::make_shared<Shared>(settings)) {}
+  explicit S3ObjectStore(const s3::Settings& settings)
+      : bucket_([&](auto executor) { return s3::Bucket(curl::Client(executor), settings); }, milliseconds::max()) {}
 
   // The task has ended when block_on returns, so it may refer to the caller's locals. The address is computed on the
   // caller's thread, so that hashing does not delay other calls on the worker.
@@ -95,47 +76,48 @@ class S3ObjectStore final : public ObjectStore {
     const std::string address = s3::Sha256::of(content);
     const auto open = [&] { return curl::from_memory(content); };
     const auto put = [&](s3::Bucket& bucket) { return bucket.put(key(address), {content.size(), open}, address); };
-    if (const Outcome<void> done = call(put); !done) return Failure(done.error());
+    if (const Outcome<void> done = bucket_.call(put); !done) return Failure(done.error());
     return address;
   }
   Outcome<std::string> get(const std::string& address) override {
-    Outcome<std::string> content = call([&](s3::Bucket& bucket) { return bucket.get(key(address)); });
+    Outcome<std::string> content = bucket_.call([&](s3::Bucket& bucket) { return bucket.get(key(address)); });
     return content && s3::Sha256::of(*content) != address ? Failure(corrupt) : content;
   }
   Outcome<bool> has(const std::string& address) override {
-    return call([&](s3::Bucket& bucket) { return bucket.exists(key(address)); });
+    return bucket_.call([&](s3::Bucket& bucket) { return bucket.exists(key(address)); });
   }
   Outcome<std::vector<std::string>> list() override {
-    Outcome<std::vector<std::string>> keys = call([&](s3::Bucket& bucket) { return bucket.list(folder); });
+    Outcome<std::vector<std::string>> keys = bucket_.call([&](s3::Bucket& bucket) { return bucket.list(folder); });
     if (keys) std::ranges::for_each(*keys, [](std::string& key) { key.erase(0, folder.size()); });
     return keys;
   }
   Outcome<void> remove(const std::string& address) override {
-    return call([&](s3::Bucket& bucket) { return bucket.remove(key(address)); });
+    return bucket_.call([&](s3::Bucket& bucket) { return bucket.remove(key(address)); });
   }
 
   /// For content that is too large for memory. It is read twice: the first time to compute its address.
   Outcome<std::string> put(const s3::Content& content) {
-    return call([&](s3::Bucket& bucket) { return put_stream(bucket, content); });
+    return bucket_.call([&](s3::Bucket& bucket) { return put_stream(bucket, content); });
   }
   /// If the content is corrupt, this is only known after the sink has received all of it.
   Outcome<void> get(const std::string& address, const std::function<curl::Sink()>& open_sink) {
-    const auto hash = call([&](s3::Bucket& bucket) { return bucket.get(key(address), open_sink); });
+    const auto hash = bucket_.call([&](s3::Bucket& bucket) { return bucket.get(key(address), open_sink); });
     if (!hash) return Failure(hash.error());
     return *hash == address ? Outcome<void>() : Failure(corrupt);
   }
-  Outcome<void> create_bucket() { return call(&s3::Bucket::create); }
+  Outcome<void> create_bucket() {
+    return bucket_.call([](s3::Bucket& bucket) { return bucket.create(); });
+  }
 
   /// A copy whose calls have this timeout.
   [[nodiscard]] S3ObjectStore with_timeout(milliseconds timeout) const {
     S3ObjectStore copy = *this;
-    copy.timeout_ = timeout;
+    copy.bucket_.set_timeout(timeout);
     return copy;
   }
 
  private:
-  std::shared_ptr<Shared> shared_;
-  milliseconds timeout_ = milliseconds::max();
+  SharedClient<s3::Bucket, describe_s3_error> bucket_;
 };
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -23,14 +23,19 @@
 
 struct BackendError {
   enum Kind {
-    Refused,   ///< The server refused the request. Nothing was changed.
-    NotFound,  ///< The object does not exist.
-    Corrupt,   ///< The object's content is not what was stored.
-    // After the next three errors, a change may or may not have been made.
-    Unavailable,  ///< The server could not be reached, or the connection was lost.
-    TimedOut,     ///< The call took too long.
-    Stopped,      ///< The backend is being shut down.
-  } kind = Stopped;
+    // Nothing was changed.
+    Refused,      ///< The server refused the request, or the request cannot be sent.
+    NotFound,     ///< The object does not exist.
+    WrongThread,  ///< The call would wait for itself: it was made by a task of the same backend.
+    // A change may or may not have been made.
+    Corrupt,        ///< The object's content is not what was stored.
+    BadAnswer,      ///< The server answered, but not what was asked for.
+    Unavailable,    ///< The server could not be reached, or the connection was lost.
+    CommitUnknown,  ///< The connection was lost during COMMIT: the whole transaction took effect, or none of it.
+    TimedOut,       ///< The call took too long.
+    Stopped,        ///< The backend is being shut down.
+    Failed,         ///< Something on this side failed: a callback of the caller, memory, a thread.
+  } kind = Failed;
   std::string message = {};
 };
 
@@ -48,9 +53,13 @@ using Failure = tl::unexpected<BackendError>;
 /// Turns the bridge's errors into the backend's own.
 template <class T>
 Outcome<T> flatten(runtime_bridge::Result<Outcome<T>> result) {
+  using runtime_bridge::BridgeError;
   if (result) return *std::move(result);
-  const bool late = result.error() == runtime_bridge::BridgeError::TimedOut;
-  return Failure({late ? BackendError::TimedOut : BackendError::Stopped, result.error().message()});
+  const BridgeError& error = result.error();
+  BackendError::Kind kind = error.cause() ? BackendError::Failed : BackendError::Stopped;
+  if (error == BridgeError::TimedOut) kind = BackendError::TimedOut;
+  if (error == BridgeError::WouldDeadlock) kind = BackendError::WrongThread;
+  return Failure({kind, error.message()});
 }
 // [/readme]
 

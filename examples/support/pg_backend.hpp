@@ -5,63 +5,44 @@
 #ifndef RUNTIME_BRIDGE_EXAMPLES_PG_BACKEND_HPP
 #define RUNTIME_BRIDGE_EXAMPLES_PG_BACKEND_HPP
 
-#include <runtime_bridge.hpp>
-
 #include <asio/awaitable.hpp>
 #include <chrono>
 #include <cstddef>
 #include <functional>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "support/backends.hpp"
 #include "support/pg.hpp"
+#include "support/shared_client.hpp"
 
-/// Turns what an asynchronous function returns or throws into a backend's result.
-template <class T>
-asio::awaitable<Outcome<T>> outcome_of(asio::awaitable<T> task) {
+/// Describes the exception that is being handled, or rethrows it.
+inline BackendError describe_pg_error() {
   try {
-    co_return co_await std::move(task);
+    throw;
   } catch (const pg::Error& e) {
-    co_return Failure({e.kind() == pg::Error::statement ? BackendError::Refused : BackendError::Unavailable, e.what()});
+    return {e.kind() == pg::Error::statement ? BackendError::Refused : BackendError::Unavailable, e.what()};
   } catch (const std::invalid_argument& e) {  // a text that PostgreSQL cannot store
-    co_return Failure({BackendError::Refused, e.what()});
+    return {BackendError::Refused, e.what()};
   }
 }
 
-// [readme]
-/// Copies are cheap: they share one bridge, whose worker starts with the first call, and one connection pool.
+/// Copies are cheap: they share one bridge and one connection pool.
 class PgClient {
-  struct Shared {
-    Shared(const pg::Settings& settings, std::size_t connections)
-        : pool(bridge.get_executor(), settings, connections) {}
-    Shared(const Shared&) = delete;
-    Shared& operator=(const Shared&) = delete;
-    // A task may own the last copy. This then runs on the worker, where block_on is refused and close() may be called.
-    ~Shared() {
-      const auto closed = bridge.block_on([&] { pool.close(); });
-      if (!closed && closed.error() == runtime_bridge::BridgeError::WouldDeadlock) pool.close();
-    }
-    runtime_bridge::RuntimeBridge bridge{{.start = runtime_bridge::Start::lazy}};
-    pg::Pool pool;  // declared last: its connections must be destroyed before the bridge
-  };
-
  public:
   PgClient(const pg::Settings& settings, std::size_t connections, std::chrono::milliseconds timeout)
-      : shared_(std::make_shared<Shared>(settings, connections)), timeout_(timeout) {}
+      : pool_([&](auto executor) { return pg::Pool(executor, settings, connections); }, timeout) {}
 
+  // [readme]
   /// Runs `function(connection)` on the worker. It has ended when this returns, so it may refer to the caller's locals.
   template <class Function>
   auto call(Function function) const {
-    const auto task = [&]() -> std::invoke_result_t<Function&, pg::Connection&> {
-      const auto lease = co_await shared_->pool.acquire();
+    return pool_.call([&](pg::Pool& pool) -> std::invoke_result_t<Function&, pg::Connection&> {
+      const auto lease = co_await pool.acquire();
       co_return co_await function(*lease);
-    };
-    return flatten(shared_->bridge.block_on_for([&] { return outcome_of(task()); }, timeout_));
+    });
   }
   // [/readme]
 
@@ -92,8 +73,7 @@ class PgClient {
   }
 
  private:
-  std::shared_ptr<Shared> shared_;
-  std::chrono::milliseconds timeout_;
+  SharedClient<pg::Pool, describe_pg_error> pool_;
 };
 
 #endif  // RUNTIME_BRIDGE_EXAMPLES_PG_BACKEND_HPP
