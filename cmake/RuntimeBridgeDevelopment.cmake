@@ -33,7 +33,8 @@ elseif(RUNTIME_BRIDGE_SANITIZER)
   message(FATAL_ERROR "RUNTIME_BRIDGE_SANITIZER is \"${RUNTIME_BRIDGE_SANITIZER}\": it must be address, thread or empty")
 endif()
 
-# Client libraries of the examples, and of the tests of their support headers.
+# Libraries of the examples, and of the tests of their support headers.
+find_package(CLI11 QUIET)
 find_package(PostgreSQL QUIET)
 find_package(CURL 7.75 QUIET)  # the first version with CURLOPT_AWS_SIGV4
 find_package(OpenSSL QUIET COMPONENTS Crypto)

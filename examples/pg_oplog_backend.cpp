@@ -24,7 +24,6 @@
 #include <vector>
 
 #include "support/backends.hpp"
-#include "support/command_line.hpp"
 #include "support/pg.hpp"
 #include "support/pg_backend.hpp"
 #include "support/program.hpp"
@@ -223,14 +222,15 @@ void undo_and_redo(PgOpLogBackend log) {
   show("append c");
 }
 
-void run(int count, char** arguments) {
-  const CommandLine line(
-      count, arguments,
+void run(CLI::App& app, int count, char** arguments) {
+  app.description(
       "Keeps logs of operations in PostgreSQL: appends from eight threads over one connection, undoes and redoes.\n"
-      "To start a server for it: examples/serve postgres",
-      {connect_setting, {"restart", "COMMAND", "run this halfway: \"examples/serve postgres --restart\""}});
+      "To start a server for it: examples/serve postgres");
   pg::Settings settings;
-  settings.conninfo = line["connect"];
+  add_connect_option(app, settings.conninfo);
+  std::string command;
+  app.add_option("--restart", command, "a command to run halfway: \"examples/serve postgres --restart\"");
+  app.parse(count, arguments);
   const PgClient client(settings, 1, 10s);
   // Each run has logs of its own, because runs may overlap.
   const std::string name = std::to_string(std::random_device()());
@@ -238,7 +238,7 @@ void run(int count, char** arguments) {
     PgOpLogBackend log(client, name + (many ? "-many" : "-undo"));
     need_server(log.create(), "PostgreSQL server", "postgres");
     if (!many) undo_and_redo(log);
-    if (many) many_callers(log, line["restart"]);
+    if (many) many_callers(log, command);
     need(log.drop());
   }
 }
@@ -246,5 +246,5 @@ void run(int count, char** arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  return run_program("pg_oplog_backend", [&] { run(argc, argv); });
+  return run_program("pg_oplog_backend", [&](CLI::App& app) { run(app, argc, argv); });
 }

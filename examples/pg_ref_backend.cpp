@@ -24,7 +24,6 @@
 #include <vector>
 
 #include "support/backends.hpp"
-#include "support/command_line.hpp"
 #include "support/pg.hpp"
 #include "support/pg_backend.hpp"
 #include "support/program.hpp"
@@ -173,18 +172,19 @@ void benchmark(const PgClient& client, const std::string& conninfo, int callers)
             << " us, through the bridge " << other << " us, ratio " << other / one << '\n';
 }
 
-void run(int count, char** arguments) {
-  const CommandLine line(
-      count, arguments,
+void run(CLI::App& app, int count, char** arguments) {
+  app.description(
       "Keeps references in PostgreSQL: sets, compares, lists and removes them, from racing threads, too.\n"
-      "To start a server for it: examples/serve postgres",
-      {connect_setting, {"benchmark", "", "compare a query through the bridge with PQexecParams: median times"}});
+      "To start a server for it: examples/serve postgres");
   pg::Settings settings;
-  settings.conninfo = line["connect"];
+  add_connect_option(app, settings.conninfo);
+  bool measure = false;
+  app.add_flag("--benchmark", measure, "compare a query through the bridge with PQexecParams: median times");
+  app.parse(count, arguments);
   const PgClient client(settings, 8, 30s);
   PgRefBackend refs(client);
   need_server(refs.create_table(), "PostgreSQL server", "postgres");
-  if (line.has("benchmark")) {
+  if (measure) {
     std::cout << std::fixed << std::setprecision(1);
     for (const int callers : {1, 8}) benchmark(client, settings.conninfo, callers);
     return;
@@ -199,5 +199,5 @@ void run(int count, char** arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  return run_program("pg_ref_backend", [&] { run(argc, argv); });
+  return run_program("pg_ref_backend", [&](CLI::App& app) { run(app, argc, argv); });
 }

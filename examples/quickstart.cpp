@@ -1,96 +1,41 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A synchronous key-value store, implemented with an asynchronous client. `Client` and `Server` stand for the library
+// A synchronous key-value store, implemented with an asynchronous client. `Client` and the server stand for the library
 // and the service that you already have; `RemoteStore` is the part that uses runtime_bridge.
 
 #include <runtime_bridge.hpp>
 
+#include <asio/any_io_executor.hpp>
 #include <asio/awaitable.hpp>
-#include <asio/buffer.hpp>
-#include <asio/co_spawn.hpp>
-#include <asio/detached.hpp>
-#include <asio/io_context.hpp>
+#include <asio/error.hpp>
 #include <asio/ip/tcp.hpp>
-#include <asio/read.hpp>
 #include <asio/use_awaitable.hpp>
-#include <asio/write.hpp>
 
-#include <arpa/inet.h>
-
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstddef>
-#include <cstdint>
 #include <exception>
 #include <filesystem>
 #include <fstream>
 #include <future>
 #include <iostream>
-#include <map>
 #include <set>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
+
+#include "support/key_value_server.hpp"
 
 namespace {
 
 namespace fs = std::filesystem;
 using asio::ip::tcp;
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The protocol. A message is three 32-bit numbers in network order (kind, length of the key, length of the value), then
-// the key, then the value. Each request gets one message as its reply, on the same connection.
-
-enum class Kind : std::uint32_t { put = 1, get, done, not_found, refused };
-
-constexpr std::size_t max_key = 4096;
-constexpr std::size_t max_value = std::size_t{64} * 1024 * 1024;
-
-struct Message {
-  Kind kind;
-  std::string key, value;
-};
-
-struct ProtocolError : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
-
-// Both sides call this before they send and when they receive: a length must fit into 32 bits, and a length that the
-// peer merely claims must not make us allocate too much.
-void check_lengths(std::size_t key, std::size_t value) {
-  const auto check = [](const std::string& what, std::size_t length, std::size_t limit) {
-    if (length <= limit) return;
-    throw ProtocolError(what + " of " + std::to_string(length) + " bytes exceeds the limit of " +
-                        std::to_string(limit));
-  };
-  check("a key", key, max_key);
-  check("a value", value, max_value);
-}
-
-asio::awaitable<void> send(tcp::socket& socket, Kind kind, std::string_view key, std::string_view value) {
-  check_lengths(key.size(), value.size());
-  const std::array<std::uint32_t, 3> head{htonl(static_cast<std::uint32_t>(kind)),
-                                          htonl(static_cast<std::uint32_t>(key.size())),
-                                          htonl(static_cast<std::uint32_t>(value.size()))};
-  const std::array<asio::const_buffer, 3> message{asio::buffer(head), asio::buffer(key), asio::buffer(value)};
-  co_await asio::async_write(socket, message, asio::use_awaitable);
-}
-
-asio::awaitable<Message> receive(tcp::socket& socket) {
-  std::array<std::uint32_t, 3> head{};
-  co_await asio::async_read(socket, asio::buffer(head), asio::use_awaitable);
-  check_lengths(ntohl(head[1]), ntohl(head[2]));
-  Message message{Kind{ntohl(head[0])}, std::string(ntohl(head[1]), '\0'), std::string(ntohl(head[2]), '\0')};
-  const std::array<asio::mutable_buffer, 2> body{asio::buffer(message.key), asio::buffer(message.value)};
-  co_await asio::async_read(socket, body, asio::use_awaitable);
-  co_return message;
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The asynchronous client. It needs no locks, because all of it runs on one thread, the bridge's worker.
@@ -101,11 +46,13 @@ class Client {
       : executor_(std::move(executor)), server_(std::move(server)) {}
 
   // The views may refer to locals of a thread that waits in block_on, since no task outlives its call.
-  asio::awaitable<void> put(std::string_view key, std::string_view value) { co_await exchange(Kind::put, key, value); }
+  asio::awaitable<void> put(std::string_view key, std::string_view value) {
+    co_await exchange(kv::Kind::put, key, value);
+  }
 
   asio::awaitable<std::string> get(std::string_view key) {
-    Message reply = co_await exchange(Kind::get, key, {});
-    if (reply.kind == Kind::not_found) throw std::out_of_range("no such key: " + std::string(key));
+    kv::Message reply = co_await exchange(kv::Kind::get, key, {});
+    if (reply.kind == kv::Kind::not_found) throw std::out_of_range("no such key: " + std::string(key));
     co_return std::move(reply.value);
   }
 
@@ -113,24 +60,37 @@ class Client {
 
  private:
   // Calls from different threads run this concurrently, each with its own connection.
-  asio::awaitable<Message> exchange(Kind kind, std::string_view key, std::string_view value) {
-    tcp::socket connection(executor_);
-    if (idle_.empty()) {
-      co_await connection.async_connect(server_, asio::use_awaitable);
-      connection.set_option(tcp::no_delay(true));
-    } else {
-      connection = std::move(idle_.back());
+  asio::awaitable<kv::Message> exchange(kv::Kind kind, std::string_view key, std::string_view value) {
+    while (!idle_.empty()) {
+      tcp::socket connection = std::move(idle_.back());
       idle_.pop_back();
+      try {
+        co_return co_await exchange(connection, kind, key, value);
+      } catch (const std::system_error& e) {
+        // The server may have closed it while it was idle. A get and a put may be repeated.
+        if (!std::ranges::count(closed_by_peer, e.code())) throw;
+      }
     }
-    co_await send(connection, kind, key, value);
-    Message reply = co_await receive(connection);
-    if (reply.kind == Kind::refused) throw ProtocolError("the server refused: " + reply.value);
-    if (reply.kind != Kind::done && reply.kind != Kind::not_found) throw ProtocolError("invalid reply from the server");
+    tcp::socket connection(executor_);
+    co_await connection.async_connect(server_, asio::use_awaitable);
+    connection.set_option(tcp::no_delay(true));
+    co_return co_await exchange(connection, kind, key, value);
+  }
+
+  asio::awaitable<kv::Message> exchange(tcp::socket& connection, kv::Kind kind, std::string_view key,
+                                        std::string_view value) {
+    co_await kv::send(connection, kind, key, value);
+    kv::Message reply = co_await kv::receive(connection);
+    if (reply.kind == kv::Kind::refused) throw kv::ProtocolError("the server refused: " + reply.value);
+    if (reply.kind != kv::Kind::done && reply.kind != kv::Kind::not_found)
+      throw kv::ProtocolError("invalid reply from the server");
     // Only reuse a connection after success: if anything throws above, it is closed.
     if (idle_.size() < max_idle) idle_.push_back(std::move(connection));
     co_return reply;
   }
 
+  inline static const std::array<std::error_code, 3> closed_by_peer{asio::error::eof, asio::error::connection_reset,
+                                                                    asio::error::broken_pipe};
   static constexpr std::size_t max_idle = 8;
 
   asio::any_io_executor executor_;
@@ -184,65 +144,6 @@ void look_up(RemoteStore& store, std::string_view key) {
 // [/readme]
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The server. It runs in this process, on its own thread and context, and is reached through a socket.
-
-class Server {
- public:
-  Server() {
-    tcp::acceptor acceptor(context_, {asio::ip::address_v4::loopback(), 0});
-    endpoint_ = acceptor.local_endpoint();
-    asio::co_spawn(context_, accept(std::move(acceptor)), asio::detached);
-    thread_ = std::thread([this] { context_.run(); });
-  }
-  ~Server() {
-    context_.stop();
-    thread_.join();
-  }
-
-  [[nodiscard]] tcp::endpoint endpoint() const { return endpoint_; }
-
- private:
-  // The coroutine owns the acceptor. If accepting fails, the acceptor closes, so clients get an error and do not wait.
-  asio::awaitable<void> accept(tcp::acceptor acceptor) {
-    for (;;) {
-      tcp::socket peer = co_await acceptor.async_accept(asio::use_awaitable);
-      asio::co_spawn(context_, serve(std::move(peer)), asio::detached);
-    }
-  }
-
-  // Throws when the peer disconnects. Returns after a refusal, because the rest of the stream cannot be parsed.
-  asio::awaitable<void> serve(tcp::socket peer) {
-    peer.set_option(tcp::no_delay(true));
-    for (Message reply{}; reply.kind != Kind::refused;) {
-      try {
-        Message request = co_await receive(peer);
-        reply = answer(request);
-      } catch (const ProtocolError& e) {
-        reply = {Kind::refused, {}, e.what()};
-      }
-      co_await send(peer, reply.kind, reply.key, reply.value);
-    }
-  }
-
-  // The reply needs a copy of the value: another connection may replace the stored one while the reply is sent.
-  Message answer(Message& request) {
-    if (request.kind == Kind::put) {
-      values_[std::move(request.key)] = std::move(request.value);
-      return {Kind::done, {}, {}};
-    }
-    if (request.kind != Kind::get) throw ProtocolError("an unknown kind of request");
-    const auto found = values_.find(request.key);
-    if (found == values_.end()) return {Kind::not_found, {}, {}};
-    return {Kind::done, {}, found->second};
-  }
-
-  std::map<std::string, std::string> values_;
-  asio::io_context context_{1};
-  tcp::endpoint endpoint_;
-  std::thread thread_;
-};
-
-// ---------------------------------------------------------------------------------------------------------------------
 // The program
 
 constexpr const char* usage =
@@ -261,7 +162,7 @@ File read_file(const fs::path& path) {
   std::array<char, 65536> chunk{};
   while (in.read(chunk.data(), chunk.size()) || in.gcount() != 0) {
     file.bytes.append(chunk.data(), static_cast<std::size_t>(in.gcount()));
-    if (file.bytes.size() > max_value) throw std::runtime_error(file.key + ": too large for a value");
+    if (file.bytes.size() > kv::max_value) throw std::runtime_error(file.key + ": too large for a value");
   }
   if (in.bad()) throw std::runtime_error(file.key + ": cannot be read");
   return file;
@@ -302,7 +203,7 @@ double from_four_threads(const std::vector<File>& files, Function function) {
 }
 
 void run(const std::vector<File>& files) {
-  const Server server;
+  const kv::Server server;
   RemoteStore store(server.endpoint());
   std::cout.precision(3);
 

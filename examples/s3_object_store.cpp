@@ -14,6 +14,7 @@
 #include <atomic>
 #include <chrono>
 #include <csignal>
+#include <cstdlib>
 #include <functional>
 #include <iostream>
 #include <memory>
@@ -27,7 +28,6 @@
 #include <vector>
 
 #include "support/backends.hpp"
-#include "support/command_line.hpp"
 #include "support/curl.hpp"
 #include "support/program.hpp"
 #include "support/s3.hpp"
@@ -197,30 +197,37 @@ void large_object(S3ObjectStore store, long memory_limit) {
   need(store.remove(address));
 }
 
-void run(int count, char** arguments) {
-  const CommandLine line(
-      count, arguments,
+void run(CLI::App& app, int count, char** arguments) {
+  app.description(
       "Stores objects in an S3 bucket from four threads, reads, lists and removes them, streams a large one, and\n"
       "aborts a transfer by a deadline. It creates the bucket if necessary, and removes what it has stored.\n\n"
       "To start a server for it: examples/serve s3. (That is s3rver 3.7.1, which checks the form of a request but not\n"
-      "its signature, and ignores If-None-Match.)",
-      {{"endpoint", "URL", "the server", "http://127.0.0.1:4568", {"AWS_ENDPOINT_URL"}},
-       {"region", "NAME", "its region", "us-east-1", {"AWS_REGION", "AWS_DEFAULT_REGION"}},
-       {"bucket", "NAME", "the bucket", "runtime-bridge", {}},
-       {"key-id", "ID", "the access key ID", "S3RVER", {"AWS_ACCESS_KEY_ID"}},
-       {"secret", "TEXT", "the secret access key, which signs the requests", "S3RVER", {"AWS_SECRET_ACCESS_KEY"}},
-       {"session-token", "TEXT", "the session token of temporary credentials", "", {"AWS_SESSION_TOKEN"}},
-       {"memory", "MIB", "how much memory the large object may use", "16", {}}});
+      "its signature, and ignores If-None-Match.)");
+  s3::Settings settings{"http://127.0.0.1:4568", "us-east-1", "runtime-bridge", "S3RVER", "S3RVER"};
+  if (const char* region = std::getenv("AWS_DEFAULT_REGION")) settings.region = region;
+  long memory = 16;
+  const auto add = [&](const char* name, auto& value, const char* meaning) {
+    return app.add_option(name, value, meaning)->capture_default_str();
+  };
+  add("--endpoint", settings.endpoint, "the server")->envname("AWS_ENDPOINT_URL");
+  add("--region", settings.region, "its region")->envname("AWS_REGION");
+  add("--bucket", settings.bucket, "the bucket");
+  add("--key-id", settings.key_id, "the access key ID")->envname("AWS_ACCESS_KEY_ID");
+  add("--secret", settings.secret, "the secret access key, which signs the requests")->envname("AWS_SECRET_ACCESS_KEY");
+  add("--session-token", settings.session_token, "the session token of temporary credentials")
+      ->envname("AWS_SESSION_TOKEN");
+  add("--memory", memory, "how much memory the large object may use, in MiB")->check(CLI::Range(0, 1024));
+  app.parse(count, arguments);
+
   std::signal(SIGPIPE, SIG_IGN);  // required by curl.hpp
-  S3ObjectStore store(
-      {line["endpoint"], line["region"], line["bucket"], line["key-id"], line["secret"], line["session-token"]});
-  need_server(store.create_bucket(), "S3 server at " + line["endpoint"], "s3");
+  S3ObjectStore store(settings);
+  need_server(store.create_bucket(), "S3 server at " + settings.endpoint, "s3");
   small_objects(store);
-  large_object(store, line.number("memory", 0, 1024));
+  large_object(store, memory);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  return run_program("s3_object_store", [&] { run(argc, argv); });
+  return run_program("s3_object_store", [&](CLI::App& app) { run(app, argc, argv); });
 }

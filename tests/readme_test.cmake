@@ -6,7 +6,8 @@
 file(READ ${REPOSITORY}/README.md readme)
 file(READ ${REPOSITORY}/examples/quickstart.cpp example)
 set(tests "")
-foreach(file tests/readme_test.cpp tests/consumers/separate_compilation.cpp examples/support/backends.hpp examples/support/pg_backend.hpp)
+foreach(file tests/readme_test.cpp tests/consumers/separate_compilation.cpp examples/support/backends.hpp examples/support/pg_backend.hpp
+    examples/support/shared_client.hpp)
   file(READ ${REPOSITORY}/${file} text)
   string(APPEND tests "${text}")
 endforeach()

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Shared by the example programs, apart from their settings.
+// Shared by the example programs: options, checks and threads.
 
 #ifndef RUNTIME_BRIDGE_EXAMPLES_PROGRAM_HPP
 #define RUNTIME_BRIDGE_EXAMPLES_PROGRAM_HPP
 
+#include <CLI/CLI.hpp>
 #include <cstddef>
 #include <exception>
 #include <future>
@@ -17,7 +18,6 @@
 #include <vector>
 
 #include "support/backends.hpp"
-#include "support/command_line.hpp"
 
 inline void check(bool condition, const std::string& otherwise) {
   if (!condition) throw std::runtime_error(otherwise);
@@ -39,8 +39,10 @@ void need_server(const Outcome<T>& outcome, const std::string& server, const std
                            kind);
 }
 
-inline const Setting connect_setting{"connect", "CONNINFO",
-                                     "libpq connection string; defaults come from PGHOST, PGPORT, ..."};
+/// The option of the programs that use PostgreSQL.
+inline void add_connect_option(CLI::App& app, std::string& conninfo) {
+  app.add_option("--connect", conninfo, "libpq connection string; defaults come from PGHOST, PGPORT, ...");
+}
 
 /// Calls the function with 0, 1, ..., each in a thread of its own, all at the same moment. Returns the results.
 template <class Function>
@@ -69,16 +71,21 @@ auto from_threads(int count, Function function) {
   }
 }
 
-/// The body of main(). Prints an exception's text on one line, and returns 2 for a UsageError, 1 for any other
-/// exception.
+/// The body of main(). The function adds its options to the app, and calls its `parse`. Prints an error on one line,
+/// and returns 2 if the options are wrong, 1 after any other exception.
 template <class Function>
 int run_program(const std::string& name, Function function) {
   try {
-    function();
+    CLI::App app("", name);
+    app.failure_message([](const CLI::App* self, const CLI::Error& e) {
+      return self->get_name() + ": " + e.what() + "; see --help\n";
+    });
+    try {
+      function(app);
+    } catch (const CLI::ParseError& e) {
+      return app.exit(e) == 0 ? 0 : 2;  // zero: it has printed the help
+    }
     return 0;
-  } catch (const UsageError& e) {
-    std::cerr << name << ": " << e.what() << '\n';
-    return 2;
   } catch (const std::exception& e) {
     std::cerr << name << ": " << e.what() << '\n';
     return 1;
