@@ -2,9 +2,11 @@
 //
 // The client of examples/quickstart.cpp, against its server.
 
+// NOLINTBEGIN(bugprone-suspicious-include,readability-identifier-naming): the program is one file, with a main().
 #define main quickstart_main
 #include "quickstart.cpp"
 #undef main
+// NOLINTEND(bugprone-suspicious-include,readability-identifier-naming)
 
 #include <string>
 
