@@ -16,7 +16,6 @@
 #include <memory>
 #include <optional>
 #include <random>
-#include <stdexcept>
 #include <string>
 #include <thread>
 #include <type_traits>
@@ -125,7 +124,7 @@ class PgOpLogBackend final : public OpLogBackend {
   awaitable<void> lock(pg::Connection& connection) const {
     const auto head =
         co_await connection.query("select from runtime_bridge.oplog_head where log = $1 for update", name_);
-    if (head.rows() == 0) throw std::invalid_argument("no such log: " + name_);
+    if (head.rows() == 0) throw BackendException(BackendError::NotFound, "no such log: " + name_);
   }
 
   /// Marks the batch whose number the SQL query `choice` returns.

@@ -3,6 +3,8 @@
 // A synchronous store of named references over asynchronous PostgreSQL.
 
 #include <libpq-fe.h>
+#include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <array>
@@ -19,7 +21,9 @@
 #include <optional>
 #include <random>
 #include <stdexcept>
+#include <stop_token>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -130,17 +134,42 @@ void concurrent_callers(const PgClient& client) {
   check(elapsed < callers * 250 / 2, "the calls did not run concurrently");
 }
 
-// Each round measures both ways, one after the other, so that other load on the machine affects both.
+#ifdef SCHED_IDLE
+/// Keeps all processors awake, with threads that give way to any other.
+class SpinningThreads {
+ public:
+  SpinningThreads() {
+    for (unsigned i = 0; i < std::thread::hardware_concurrency(); ++i) {
+      threads_.emplace_back([](const std::stop_token& stop) {
+        const sched_param none{};
+        pthread_setschedparam(pthread_self(), SCHED_IDLE, &none);
+        while (!stop.stop_requested()) {
+        }
+      });
+    }
+  }
+
+ private:
+  std::vector<std::jthread> threads_;
+};
+#else
+class SpinningThreads {};
+#endif
+
+// Each round measures all ways, one after the other, so that other load on the machine affects all. A processor that
+// sleeps takes 20 to 50 us to wake up, and the bridge wakes twice as many threads as libpq.
 void benchmark(const PgClient& client, const std::string& conninfo, int callers) {
   const char* const sql = "select $1::int8";
   using Samples = std::vector<double>;
-  Samples plain, bridged;
+  struct {
+    Samples plain, bridged;
+  } quiet, awake;
   const auto measure = [&](Samples& into, const std::function<std::function<void()>()>& connect) {
     const auto calls = [&](int) {
       const auto query = connect();
       query();  // warm up
       Samples samples;
-      for (int i = 0; i < 2000 / callers; ++i) {
+      for (int i = 0; i < 1000 / callers; ++i) {
         const auto start = steady_clock::now();
         query();
         samples.push_back(Microseconds(steady_clock::now() - start).count());
@@ -159,17 +188,24 @@ void benchmark(const PgClient& client, const std::string& conninfo, int callers)
   };
   const auto through_bridge = [&]() -> std::function<void()> { return [&] { need(client.run(sql, 7)); }; };
   for (int round = 0; round < 11; ++round) {
-    measure(plain, through_libpq);
-    measure(bridged, through_bridge);
+    measure(quiet.plain, through_libpq);
+    measure(quiet.bridged, through_bridge);
+    [[maybe_unused]] const SpinningThreads spinning;
+    measure(awake.plain, through_libpq);
+    measure(awake.bridged, through_bridge);
   }
   const auto median = [](Samples& samples) {
     const auto middle = samples.begin() + static_cast<std::ptrdiff_t>(samples.size() / 2);
     std::ranges::nth_element(samples, middle);
     return *middle;
   };
-  const double one = median(plain), other = median(bridged);
-  std::cout << callers << (callers == 1 ? " caller" : " callers") << ": PQexecParams " << one
-            << " us, through the bridge " << other << " us, ratio " << other / one << '\n';
+  const auto print = [&](const char* processors, auto& samples) {
+    const double one = median(samples.plain), other = median(samples.bridged);
+    std::cout << callers << (callers == 1 ? " caller" : " callers") << ", " << processors << ": PQexecParams " << one
+              << " us, through the bridge " << other << " us, ratio " << other / one << '\n';
+  };
+  print("processors may sleep", quiet);
+  print("processors kept awake", awake);
 }
 
 void run(CLI::App& app, int count, char** arguments) {

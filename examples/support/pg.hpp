@@ -15,6 +15,8 @@
 #include <asio/any_io_executor.hpp>
 #include <asio/awaitable.hpp>
 #include <asio/error.hpp>
+#include <asio/ip/address.hpp>
+#include <asio/ip/tcp.hpp>
 #include <asio/posix/stream_descriptor.hpp>
 #include <asio/post.hpp>
 #include <asio/redirect_error.hpp>
@@ -34,6 +36,7 @@
 #include <mutex>
 #include <new>
 #include <optional>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -49,18 +52,49 @@
 ///
 /// *Cancellation.* It works as in Asio. A running statement is cancelled at the server, and its end is waited for. If
 /// it ended before the cancellation, it returns its result; otherwise it throws `asio::error::operation_aborted` and
-/// has changed nothing. If the server does not react within `Settings::cancel_timeout`, the connection is closed.
+/// has changed nothing. If the server does not react within `Settings::cancel_timeout`, the connection is closed, and
+/// a statement outside a transaction may have taken effect.
 ///
-/// *Errors* are thrown as `pg::Error`. A missing value, or one of another type than requested, is a standard exception.
+/// *Errors* are thrown as `pg::Error`.
+///
+/// *Time.* `max()` means no limit, zero and less mean now.
 namespace pg {
 
 using Clock = std::chrono::steady_clock;
 inline constexpr Clock::time_point no_deadline = Clock::time_point::max();
 
+inline Clock::time_point time_after(std::chrono::milliseconds wait) {
+  using std::chrono::milliseconds;
+  const Clock::time_point now = Clock::now();
+  // The sum would overflow, and so would the comparison in nanoseconds.
+  if (wait >= std::chrono::floor<milliseconds>(no_deadline - now)) return no_deadline;
+  return now + std::max(wait, milliseconds::zero());
+}
+
+class Error;
+
+/// Sent by NOTIFY to a session that has executed LISTEN.
+struct Notification {
+  std::string_view channel, payload;  ///< valid during the callback
+  int backend_pid;
+};
+
+/// Not an aggregate: g++ 12 destroys temporary aggregates in a `co_await` expression twice.
 struct Settings {
+  Settings(std::string connection_string = {}) : conninfo(std::move(connection_string)) {}  // NOLINT: implicit
+
   std::string conninfo;  ///< libpq's connection string; defaults come from PGHOST, PGPORT, PGUSER, ...
-  std::chrono::milliseconds connect_timeout{10'000};  ///< for all hosts together
-  std::chrono::milliseconds cancel_timeout{2'000};    ///< for the server to cancel a statement or roll back
+
+  /// For each address of each host; then the next one is tried. The connection string's `connect_timeout` and
+  /// PGCONNECT_TIMEOUT take precedence. They are in seconds, and as libpq documents them: 0 is no limit, 1 means 2.
+  std::chrono::milliseconds connect_timeout{10'000};
+
+  std::chrono::milliseconds cancel_timeout{2'000};  ///< for the server to cancel a statement or roll back
+
+  /// These get what the server sends unasked, which is dropped without them. They are called during a statement, or
+  /// when the connection is acquired from the pool. They must not use the connection. What they throw is dropped.
+  std::function<void(const Notification&)> on_notification = {};
+  std::function<void(const Error&)> on_notice = {};  ///< warnings, too
 };
 
 class Error : public std::runtime_error {
@@ -69,9 +103,12 @@ class Error : public std::runtime_error {
     statement,   ///< The server refused it. The connection can still be used.
     connection,  ///< There is no connection, or it was lost. Whether a statement outside a transaction took effect is
                  ///< unknown.
-    commit_unknown,  ///< The connection was lost during COMMIT: the whole transaction took effect, or none of it.
+    commit_unknown,  ///< COMMIT has no answer, or the transaction's body ended the transaction itself: what it changed
+                     ///< may have been committed.
     timeout,         ///< There was no connection before the deadline.
     closed,          ///< The pool was closed.
+    invalid,         ///< It cannot be sent: a text with a NUL, or a second statement at the same time.
+    decode,          ///< The statement has succeeded, but its result has no such value, or not of this type.
   };
 
   Error(Kind kind, std::string_view text, std::string sqlstate = {}, std::string severity = {})
@@ -85,6 +122,14 @@ class Error : public std::runtime_error {
 
   [[nodiscard]] Kind kind() const noexcept { return kind_; }
   [[nodiscard]] bool connection_lost() const noexcept { return kind_ == connection || kind_ == commit_unknown; }
+
+  /// True if the statement or transaction that failed has changed nothing.
+  [[nodiscard]] bool unchanged() const noexcept {
+    if (kind_ != statement) return kind_ == invalid || kind_ == timeout || kind_ == closed;
+    // Lost connections behind a pooler or inside the server, an unknown completion, and shutdown.
+    return !sqlstate_.starts_with("08") && sqlstate_ != "40003" && !sqlstate_.starts_with("57P0");
+  }
+
   [[nodiscard]] const std::string& sqlstate() const noexcept { return sqlstate_; }  ///< empty for an error of libpq
   [[nodiscard]] const std::string& severity() const noexcept { return severity_; }  ///< ERROR, FATAL, PANIC, or empty
 
@@ -128,8 +173,12 @@ class Bytes {
 /// Copies of the values of $1, $2, ...: text, numbers or `Bytes`. `std::nullopt` and an empty optional are null.
 class Parameters {
  public:
+  /// Of a message. The server closes the connection if it gets 1 GiB.
+  static constexpr std::size_t max_size = (std::size_t{1} << 30) - (std::size_t{1} << 20);
+
   template <class... Ts>
   explicit Parameters(const Ts&... values) {
+    static_assert(sizeof...(values) <= 65535, "pg: too many parameters");
     values_.reserve(sizeof...(values));
     (add(values), ...);
   }
@@ -158,7 +207,7 @@ class Parameters {
   void add(std::string_view text) {
     // libpq would silently cut the text at the NUL.
     if (text.find('\0') != std::string_view::npos)
-      throw std::invalid_argument("pg: text with a NUL character, which PostgreSQL does not support; use pg::Bytes");
+      throw Error(Error::invalid, "a text with a NUL character, which PostgreSQL does not support; use pg::Bytes");
     add(text, false);
   }
   void add(const std::string& text) { add(std::string_view(text)); }
@@ -186,11 +235,12 @@ class Parameters {
   }
 
   void add(std::string_view data, bool binary) {
-    if (data.size() >= std::size_t{1} << 30) throw std::length_error("pg: a parameter of 1 GiB or more");
+    if ((size_ += data.size()) >= max_size) throw Error(Error::invalid, "parameters of almost 1 GiB or more");
     values_.push_back({std::string(data), binary});
   }
 
   std::vector<Value> values_;
+  std::size_t size_ = 0;
 };
 
 /// The result of a statement.
@@ -210,7 +260,7 @@ class Result {
 
   [[nodiscard]] bool is_null(int row, int column) const {
     if (row < 0 || row >= rows() || column < 0 || column >= columns())
-      throw std::out_of_range("pg: no column " + std::to_string(column) + " of row " + std::to_string(row));
+      throw Error(Error::decode, "no column " + std::to_string(column) + " of row " + std::to_string(row));
     return PQgetisnull(result_.get(), row, column) != 0;
   }
 
@@ -222,15 +272,17 @@ class Result {
       if (is_null(row, column)) return std::nullopt;
       return get<typename T::value_type>(row, column);
     } else {
-      if (is_null(row, column)) throw std::invalid_argument("pg: the value is null");
+      if (is_null(row, column)) throw Error(Error::decode, "the value is null");
       const std::string_view text(PQgetvalue(result_.get(), row, column),
                                   static_cast<std::size_t>(PQgetlength(result_.get(), row, column)));
       if constexpr (std::same_as<T, std::string>) {
         return std::string(text);
       } else if constexpr (std::same_as<T, Bytes>) {
+        constexpr Oid bytea = 17;  // anything else is not escaped
+        if (PQftype(result_.get(), column) != bytea) throw Error(Error::decode, "the column is not a bytea");
         return bytes(text);
       } else if constexpr (std::same_as<T, bool>) {
-        if (text != "t" && text != "f") throw std::invalid_argument("pg: not a boolean: " + std::string(text));
+        if (text != "t" && text != "f") throw Error(Error::decode, "not a boolean: " + std::string(text));
         return text == "t";
       } else {
         return number<T>(text);
@@ -252,7 +304,7 @@ class Result {
     T value{};
     const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
     if (error != std::errc{} || end != text.data() + text.size())
-      throw std::invalid_argument("pg: not a number of this type: " + std::string(text));
+      throw Error(Error::decode, "not a number of this type: " + std::string(text));
     return value;
   }
 
@@ -345,31 +397,25 @@ class Canceller : public std::enable_shared_from_this<Canceller> {
 
 /// A connection. Only one coroutine at a time may use it; a second one gets an error.
 class Connection : public std::enable_shared_from_this<Connection> {
-  struct Private {};
-
  public:
   /// Connects to the first host that accepts.
   static asio::awaitable<std::shared_ptr<Connection>> open(
       asio::any_io_executor executor, Settings settings, Clock::time_point deadline = no_deadline,
       std::shared_ptr<Canceller> canceller = std::make_shared<Canceller>()) {
-    auto connection = std::make_shared<Connection>(Private(), std::move(executor), std::move(settings), canceller);
+    auto connection = std::make_shared<Connection>(std::move(executor), std::move(settings), std::move(canceller));
     co_await connection->connect(deadline);
     co_return connection;
   }
 
-  Connection(Private, asio::any_io_executor executor, Settings settings, std::shared_ptr<Canceller> canceller)
+  /// Not connected yet: use `open`.
+  Connection(asio::any_io_executor executor, Settings settings, std::shared_ptr<Canceller> canceller)
       : settings_(std::move(settings)),
         canceller_(std::move(canceller)),
         io_(std::make_unique<Io>(std::move(executor))) {}
 
   Connection(const Connection&) = delete;
   Connection& operator=(const Connection&) = delete;
-
-  ~Connection() {
-    // After a fork, the connection and the executor belong to the parent. Closing the connection here would end it
-    // there.
-    if (getpid() != owner_) (void)io_.release();
-  }
+  ~Connection() { close(); }
 
   /// Runs one statement with the parameters $1, $2, ... It copies its arguments, so they need not outlive the call.
   template <class... Ts>
@@ -378,13 +424,17 @@ class Connection : public std::enable_shared_from_this<Connection> {
   }
 
   /// Runs `body(connection)`, which returns an awaitable, between BEGIN and COMMIT. If it throws or is cancelled, the
-  /// transaction is rolled back; if that fails, the connection is closed. (With g++ 12, do not pass a temporary lambda
-  /// in a `co_await` expression: g++ 12 would destroy it twice.)
+  /// transaction is rolled back; if that fails, the connection is closed. Inside a transaction, it does the same with a
+  /// savepoint. The body must not end the transaction itself: that is an error, of the kind `commit_unknown`. (With g++
+  /// 12, do not pass a temporary lambda in a `co_await` expression: g++ 12 would destroy it twice.)
   template <class Body>
   std::invoke_result_t<Body&, Connection&> transaction(Body body) {
     using Value = typename std::invoke_result_t<Body&, Connection&>::value_type;
     std::conditional_t<std::is_void_v<Value>, bool, std::optional<Value>> value{};
-    co_await query("begin");
+    const std::string savepoint = in_transaction() ? "pg_hpp_" + std::to_string(++savepoints_) : std::string();
+    const std::string begin = savepoint.empty() ? "begin" : "savepoint " + savepoint;
+    co_await query(begin);
+    const auto ended = ended_transactions_;
     std::exception_ptr failure;
     try {
       if constexpr (std::is_void_v<Value>) {
@@ -397,7 +447,10 @@ class Connection : public std::enable_shared_from_this<Connection> {
     }
     const bool throws = co_await asio::this_coro::throw_if_cancelled();
     co_await asio::this_coro::throw_if_cancelled(false);
-    failure = co_await end_transaction(failure);
+    if (ended_transactions_ != ended)
+      failure = std::make_exception_ptr(Error(Error::commit_unknown, "the transaction's body has ended it itself"));
+    // Its savepoint is gone, too.
+    if (ended_transactions_ == ended || savepoint.empty()) failure = co_await end_transaction(savepoint, failure);
     co_await asio::this_coro::throw_if_cancelled(throws);
     if (failure) std::rethrow_exception(failure);
     if constexpr (!std::is_void_v<Value>) co_return std::move(*value);
@@ -411,34 +464,41 @@ class Connection : public std::enable_shared_from_this<Connection> {
   /// Like `idle`, but also checks whether the server has closed the connection.
   [[nodiscard]] bool usable() {
     if (!idle()) return false;
-    pollfd server{PQsocket(io_->libpq.get()), POLLIN, 0};
-    while (is_open() && poll(&server, 1, 0) > 0) {
+    while (is_open() && socket_readable()) {
       if (PQconsumeInput(io_->libpq.get()) == 0) close();
-      while (PGnotify* notification = is_open() ? PQnotifies(io_->libpq.get()) : nullptr) PQfreemem(notification);
+      hand_out_notifications();
     }
     return idle();
   }
 
-  [[nodiscard]] bool is_open() const noexcept { return PQstatus(io_->libpq.get()) == CONNECTION_OK; }
+  [[nodiscard]] bool is_open() const noexcept { return io_ && PQstatus(io_->libpq.get()) == CONNECTION_OK; }
   [[nodiscard]] int backend_pid() const noexcept { return PQbackendPID(io_->libpq.get()); }
 
+  /// How many statements outside transactions, and how many transactions, have succeeded. If it does not grow, nothing
+  /// was changed.
+  [[nodiscard]] std::size_t completed() const noexcept { return completed_; }
+
+  /// In a forked child, this closes the descriptor and nothing else: libpq would end the parent's session, and Asio
+  /// would change the parent's epoll set or wait for its mutexes. What they own is leaked.
   void close() noexcept {
-    release_socket();
-    io_->libpq.reset();
+    if (!io_) return;
+    if (getpid() == owner_) {
+      release_socket();
+      io_->libpq.reset();
+      return;
+    }
+    const int inherited = PQsocket(io_->libpq.get());
+    if (inherited >= 0) ::close(inherited);
+    (void)io_.release();
   }
 
  private:
+  friend class Pool;
   enum class Woken { ready, cancelled, late };
 
   /// Everything that a forked child must not touch.
   struct Io {
     explicit Io(asio::any_io_executor executor) : socket(executor), wake(executor), libpq(nullptr, PQfinish) {}
-    Io(const Io&) = delete;
-    Io& operator=(const Io&) = delete;
-    // libpq closes the descriptor.
-    ~Io() {
-      if (socket.is_open()) socket.release();
-    }
 
     asio::posix::stream_descriptor socket;
     asio::steady_timer wake;  // the coroutine waits for this: it expires at the deadline, and events cancel it
@@ -447,13 +507,32 @@ class Connection : public std::enable_shared_from_this<Connection> {
     bool sending = false, awaiting_read = false, awaiting_write = false;
     bool readable = false, event = false;  // events not handled yet
     bool doomed = false;                   // the server has announced that it will close the connection
+    int wakes = 0, in_vain = 0;            // of the current statement
+    unsigned sockets = 0;                  // counts them: an event of an earlier one may still be queued
   };
 
   void take_socket() { io_->socket.assign(PQsocket(io_->libpq.get())); }
 
+  // libpq closes the descriptor.
   void release_socket() noexcept {
     if (io_->socket.is_open()) io_->socket.release();
     io_->awaiting_read = io_->awaiting_write = false;
+    ++io_->sockets;
+  }
+
+  [[nodiscard]] bool socket_readable() const noexcept {
+    pollfd server{PQsocket(io_->libpq.get()), POLLIN, 0};
+    return poll(&server, 1, 0) > 0;
+  }
+
+  [[nodiscard]] bool encrypted() const noexcept {
+    PGconn* const libpq = io_->libpq.get();
+    return PQsslInUse(libpq) != 0 || PQgssEncInUse(libpq) != 0;
+  }
+
+  [[nodiscard]] bool in_transaction() const noexcept {
+    const auto status = io_ ? PQtransactionStatus(io_->libpq.get()) : PQTRANS_UNKNOWN;
+    return status == PQTRANS_INTRANS || status == PQTRANS_INERROR;
   }
 
   void notify() {
@@ -463,65 +542,198 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
   void await(asio::posix::descriptor_base::wait_type direction, bool Io::*awaiting) {
     if (std::exchange(io_.get()->*awaiting, true)) return;
-    io_->socket.async_wait(direction, [weak = weak_from_this(), direction, awaiting](const std::error_code& error) {
+    const auto handler = [weak = weak_from_this(), number = io_->sockets, direction, awaiting](std::error_code error) {
       const auto self = weak.lock();
-      if (!self || error == asio::error::operation_aborted) return;
+      if (!self || error == asio::error::operation_aborted || number != self->io_->sockets) return;
       self->io_.get()->*awaiting = false;
       if (direction == asio::posix::descriptor_base::wait_read) self->io_->readable = true;
       self->notify();
-    });
+    };
+    io_->socket.async_wait(direction, handler);
   }
 
   /// Waits for one of the requested events. Cancellation does not make it throw once it has started.
   asio::awaitable<Woken> wait(bool read, bool write, Clock::time_point until, bool heed_cancellation) {
+    const auto cancellation = co_await asio::this_coro::cancellation_state;
+    const bool looks_again = read && encrypted();
+    if (read && !write && !looks_again && until == no_deadline && heed_cancellation) {
+      // Only the socket can wake it, so it needs no timer.
+      std::error_code error;
+      if (cancellation.cancelled() == asio::cancellation_type::none)
+        co_await io_->socket.async_wait(asio::posix::descriptor_base::wait_read,
+                                        asio::redirect_error(asio::use_awaitable, error));
+      if (cancellation.cancelled() != asio::cancellation_type::none) co_return Woken::cancelled;
+      // After the context was shut down, every wait ends at once without an error.
+      if (++io_->wakes > 16) io_->in_vain = socket_readable() ? 0 : io_->in_vain + 1;
+      if (io_->in_vain == 3) co_return Woken::late;
+      io_->readable = true;
+      co_return Woken::ready;
+    }
     if (read) await(asio::posix::descriptor_base::wait_read, &Io::awaiting_read);
     if (write) await(asio::posix::descriptor_base::wait_write, &Io::awaiting_write);
-    const auto cancellation = co_await asio::this_coro::cancellation_state;
+    // The TLS library may get the rest of a record while `collect` looks for it.
+    const Clock::time_point look = looks_again ? std::min(until, time_after(std::chrono::milliseconds(100))) : until;
     for (;;) {
       if (heed_cancellation && cancellation.cancelled() != asio::cancellation_type::none) co_return Woken::cancelled;
       if (Clock::now() >= until) co_return Woken::late;
+      if (Clock::now() >= look) io_->readable = io_->event = true;
       if (std::exchange(io_->event, false)) co_return Woken::ready;
-      io_->wake.expires_at(until);
+      io_->wake.expires_at(look);
       std::error_code error;
       co_await io_->wake.async_wait(asio::redirect_error(asio::use_awaitable, error));
-      // After the context was shut down, every wait ends at once without an error.
-      if (!error && Clock::now() < until) co_return Woken::late;
+      if (!error && Clock::now() < look) co_return Woken::late;  // the context was shut down
     }
   }
 
   asio::awaitable<void> connect(Clock::time_point deadline) {
-    deadline = std::min(deadline, Clock::now() + settings_.connect_timeout);
-    PGconn* const libpq = PQconnectStart(settings_.conninfo.c_str());
-    if (libpq == nullptr) throw std::bad_alloc();
-    io_->libpq.reset(libpq);
-    PQsetNoticeReceiver(libpq, take_notice, io_.get());
-
-    auto next = PQstatus(libpq) == CONNECTION_BAD ? PGRES_POLLING_FAILED : PGRES_POLLING_WRITING;
-    while (next != PGRES_POLLING_OK) {
-      if (next == PGRES_POLLING_FAILED) throw Error(Error::connection, PQerrorMessage(libpq));
-      take_socket();
-      const bool write = next == PGRES_POLLING_WRITING;
-      const Woken woken = co_await wait(!write, write, deadline, true);
-      if (woken == Woken::cancelled) throw std::system_error(asio::error::operation_aborted, "pg: connecting");
-      if (woken == Woken::late) throw Error(Error::timeout, "the server did not answer in time");
-      release_socket();  // the next step may close the descriptor and open one for the next host
-      next = PQconnectPoll(libpq);
+    if (settings_.conninfo.find('\0') != std::string::npos)
+      throw Error(Error::invalid, "the connection string has a NUL character");
+    start(PQconnectStart(settings_.conninfo.c_str()));
+    std::string silent;  // about the addresses that did not answer
+    while (co_await connect_unless_silent(deadline, silent) == Woken::late) {
+      silent += std::string(PQhost(io_->libpq.get())) + ":" + PQport(io_->libpq.get()) + " did not answer in time; ";
+      if (Clock::now() >= deadline || !start_without_this_address()) throw Error(Error::timeout, silent);
     }
     take_socket();
-    if (PQsetnonblocking(libpq, 1) != 0) throw Error(Error::connection, PQerrorMessage(libpq));
+    if (PQsetnonblocking(io_->libpq.get(), 1) != 0) throw Error(Error::connection, PQerrorMessage(io_->libpq.get()));
+  }
+
+  void start(PGconn* libpq) {
+    if (libpq == nullptr) throw std::bad_alloc();
+    io_->libpq.reset(libpq);
+    PQsetNoticeReceiver(libpq, take_notice, this);
+  }
+
+  /// Returns `ready` if there is a connection, `late` if an address took too long.
+  asio::awaitable<Woken> connect_unless_silent(Clock::time_point deadline, const std::string& silent) {
+    PGconn* const libpq = io_->libpq.get();
+    auto next = PQstatus(libpq) == CONNECTION_BAD ? PGRES_POLLING_FAILED : PGRES_POLLING_WRITING;
+    const auto limit = next == PGRES_POLLING_FAILED ? settings_.connect_timeout : limit_for_an_address();
+    Clock::time_point until;
+    std::string address;
+    while (next != PGRES_POLLING_OK) {
+      if (next == PGRES_POLLING_FAILED) throw Error(Error::connection, silent + PQerrorMessage(libpq));
+      const std::string current = std::string(PQhost(libpq)) + " " + PQhostaddr(libpq) + " " + PQport(libpq);
+      if (std::exchange(address, current) != current) until = std::min(deadline, time_after(limit));
+      take_socket();
+      const bool write = next == PGRES_POLLING_WRITING;
+      const Woken woken = co_await wait(!write, write, until, true);
+      if (woken == Woken::cancelled) throw std::system_error(asio::error::operation_aborted, "pg: connecting");
+      release_socket();  // the next step may close the descriptor and open one for the next host
+      if (woken == Woken::late) co_return woken;
+      next = PQconnectPoll(libpq);
+    }
+    co_return Woken::ready;
+  }
+
+  using Options = std::unique_ptr<PQconninfoOption, void (*)(PQconninfoOption*)>;
+
+  /// What the connection uses: the connection string, the service and the environment together.
+  [[nodiscard]] Options options() const {
+    Options all(PQconninfo(io_->libpq.get()), PQconninfoFree);
+    if (!all) throw std::bad_alloc();
+    return all;
+  }
+
+  static std::string value(const Options& options, std::string_view keyword) {
+    for (const auto* option = options.get(); option->keyword != nullptr; ++option) {
+      if (option->keyword == keyword && option->val != nullptr) return option->val;
+    }
+    return {};
+  }
+
+  /// libpq heeds `connect_timeout` only where it blocks.
+  [[nodiscard]] std::chrono::milliseconds limit_for_an_address() const {
+    const std::string text = value(options(), "connect_timeout");
+    if (text.empty()) return settings_.connect_timeout;
+    int seconds = 0;
+    const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), seconds);
+    if (error != std::errc{} || end != text.data() + text.size())
+      throw Error(Error::invalid, "connect_timeout is not a number of seconds: " + text);
+    return seconds <= 0 ? std::chrono::milliseconds::max() : std::chrono::seconds(std::max(seconds, 2));
+  }
+
+  /// Starts again without the address that libpq is connecting to; false if there is no other. libpq gets all that are
+  /// left, because `target_session_attrs` may need the whole list.
+  bool start_without_this_address() {
+    PGconn* const libpq = io_->libpq.get();
+    const Options all = options();
+    const auto split = [&](std::string_view keyword) {
+      std::istringstream list(value(all, keyword) + ",");
+      std::vector<std::string> parts;
+      for (std::string part; std::getline(list, part, ',');) parts.push_back(part);
+      return parts;
+    };
+    const auto names = split("host"), addresses = split("hostaddr"), ports = split("port");
+    const auto at = [](const std::vector<std::string>& list, std::size_t i) {
+      return list[std::min(i, list.size() - 1)];  // one port may be for all hosts
+    };
+    std::string kept_names, kept_addresses, kept_ports;
+    const auto keep = [&](const std::string& name, const std::string& address, const std::string& port) {
+      kept_names += name + ",", kept_addresses += address + ",", kept_ports += port + ",";
+    };
+    const std::string this_name = PQhost(libpq), this_address = PQhostaddr(libpq), this_port = PQport(libpq);
+    bool found = false;
+    for (std::size_t i = 0; i < std::max(names.size(), addresses.size()); ++i) {
+      const std::string name = at(names, i), address = at(addresses, i), port = at(ports, i);
+      const bool same_host = address.empty() ? name.empty() || name == this_name : address == this_address;
+      if (!same_host || (!port.empty() && port != this_port)) {
+        keep(name, address, port);
+        continue;
+      }
+      found = true;
+      if (!address.empty() || name.empty() || this_address.empty()) continue;
+      std::error_code error;  // the name may have other addresses
+      asio::ip::tcp::resolver resolver(io_->wake.get_executor());
+      for (const auto& entry : resolver.resolve(name, port, error)) {
+        const auto other = entry.endpoint().address();
+        if (other != asio::ip::make_address(this_address, error)) keep(name, other.to_string(), port);
+      }
+    }
+    if (!found || kept_ports.empty()) return false;
+    for (std::string* list : {&kept_names, &kept_addresses, &kept_ports}) list->pop_back();  // the last comma
+
+    std::vector<const char*> keywords, values;
+    for (const auto* option = all.get(); option->keyword != nullptr; ++option) {
+      const std::string_view keyword = option->keyword;
+      keywords.push_back(option->keyword);
+      values.push_back(keyword == "host"       ? kept_names.c_str()
+                       : keyword == "hostaddr" ? kept_addresses.c_str()
+                       : keyword == "port"     ? kept_ports.c_str()
+                                               : option->val);
+    }
+    keywords.push_back(nullptr);
+    values.push_back(nullptr);
+    start(PQconnectStartParams(keywords.data(), values.data(), 0));
+    return true;
   }
 
   /// Keeps libpq from printing notices. A server that shuts down announces this in a notice.
-  static void take_notice(void* io, const PGresult* notice) {
-    const char* severity = PQresultErrorField(notice, PG_DIAG_SEVERITY_NONLOCALIZED);
-    if (severity != nullptr && (severity == std::string_view("FATAL") || severity == std::string_view("PANIC")))
-      static_cast<Io*>(io)->doomed = true;
+  static void take_notice(void* connection, const PGresult* result) {
+    auto* const self = static_cast<Connection*>(connection);
+    try {
+      const Error notice(Error::statement, result);
+      if (notice.severity() == "FATAL" || notice.severity() == "PANIC") self->io_->doomed = true;
+      if (self->settings_.on_notice) self->settings_.on_notice(notice);
+    } catch (...) {  // must not reach libpq, which is in C
+    }
+  }
+
+  void hand_out_notifications() {
+    while (PGnotify* const next = io_->libpq ? PQnotifies(io_->libpq.get()) : nullptr) {
+      const std::unique_ptr<PGnotify, void (*)(void*)> notification(next, PQfreemem);
+      try {
+        if (settings_.on_notification) settings_.on_notification({next->relname, next->extra, next->be_pid});
+      } catch (...) {
+      }
+    }
   }
 
   asio::awaitable<Result> run(std::string sql, Parameters parameters, Clock::time_point until, bool heed_cancellation) {
     // Otherwise, after a cancellation, every co_await would throw while the statement still runs.
     const bool throws = co_await asio::this_coro::throw_if_cancelled();
     co_await asio::this_coro::throw_if_cancelled(false);
+    const bool in_transaction_before = in_transaction();
     bool sent = false, cancelled = false;
     std::exception_ptr failure;
     try {
@@ -541,20 +753,36 @@ class Connection : public std::enable_shared_from_this<Connection> {
     Result result = std::exchange(io_->result, Result());
     const bool broken = PQstatus(io_->libpq.get()) != CONNECTION_OK;
     if (broken) close();
-    if (!broken && !result.failed()) co_return result;
+    if (!broken) {
+      if (in_transaction_before && ends_transaction(sql, result)) ++ended_transactions_;
+      if (!result.failed() && !in_transaction() && result.command() != "ROLLBACK") ++completed_;
+      if (!result.failed()) co_return result;
+    }
     const Error error(broken ? Error::connection : Error::statement, result.native());
     if (cancelled && (broken || error.sqlstate() == "57014"))
       throw std::system_error(asio::error::operation_aborted, "pg: the statement was cancelled");
     throw Error(error);
   }
 
+  /// True if the statement has ended the transaction that it was in, even if it began another one (AND CHAIN).
+  [[nodiscard]] bool ends_transaction(std::string_view sql, const Result& result) const {
+    if (!in_transaction() || result.command() == "COMMIT") return true;
+    constexpr std::string_view chain = "chain";  // the other command with this tag is ROLLBACK TO
+    const auto same = [](char a, char b) { return (a | 0x20) == b; };
+    return result.command() == "ROLLBACK" &&
+           std::search(sql.begin(), sql.end(), chain.begin(), chain.end(), same) != sql.end();
+  }
+
   void send(const std::string& sql, const Parameters& parameters) {
-    PGconn* const libpq = io_->libpq.get();
+    PGconn* const libpq = io_ ? io_->libpq.get() : nullptr;
     if (libpq == nullptr) throw Error(Error::connection, "the connection is closed");
+    if (sql.find('\0') != std::string::npos) throw Error(Error::invalid, "the statement has a NUL character");
+    if (sql.size() >= Parameters::max_size) throw Error(Error::invalid, "a statement of almost 1 GiB or more");
     if (!parameters.send(libpq, sql))
-      throw Error(is_open() ? Error::statement : Error::connection, PQerrorMessage(libpq));
+      throw Error(is_open() ? Error::invalid : Error::connection, PQerrorMessage(libpq));
     io_->result = Result();
     io_->sending = true;
+    io_->wakes = io_->in_vain = 0;
   }
 
   /// Waits until the server has finished the statement.
@@ -571,63 +799,102 @@ class Connection : public std::enable_shared_from_this<Connection> {
   bool collect() {
     PGconn* const libpq = io_->libpq.get();
     if (io_->sending) io_->sending = PQflush(libpq) == 1;  // reading reports a failure
-    if (std::exchange(io_->readable, false)) PQconsumeInput(libpq);
+    if (!std::exchange(io_->readable, false)) return take_results();
+    if (!encrypted()) {
+      PQconsumeInput(libpq);
+      return take_results();
+    }
+    // The socket does not tell what is inside the TLS library: up to the rest of a record of 16 KiB. libpq takes 8 KiB
+    // or more at a time, so two attempts after the socket was empty take all.
+    for (int left = 2; left > 0; --left) {
+      if (socket_readable()) left = 3;
+      PQconsumeInput(libpq);
+      if (take_results()) return true;
+    }
+    return false;
+  }
+
+  /// True if the statement has ended.
+  bool take_results() {
+    PGconn* const libpq = io_->libpq.get();
     const bool broken = !is_open();
     if (broken) release_socket();  // libpq has closed it
     while (broken || PQisBusy(libpq) == 0) {
       Result result(PQgetResult(libpq));
-      if (result.native() == nullptr) return true;
       const ExecStatusType status = PQresultStatus(result.native());
+      if (result.native() == nullptr) {
+        hand_out_notifications();
+        return true;
+      }
       if (status == PGRES_COPY_IN || status == PGRES_COPY_OUT || status == PGRES_COPY_BOTH)
         throw Error(Error::connection, "COPY is not supported; the connection is closed");
       if (io_->result.native() == nullptr || !io_->result.failed()) io_->result = std::move(result);
     }
+    hand_out_notifications();
     return false;
   }
 
   /// Asks the server to cancel the statement. Waits until the statement and the request have both ended, because a late
   /// request would cancel the next statement. Closes the connection if this takes too long.
   asio::awaitable<void> interrupt() {
-    const Clock::time_point until = Clock::now() + settings_.cancel_timeout;
-    Canceller::Request request(canceller_, io_->libpq.get(),
-                               [weak = weak_from_this(), executor = io_->wake.get_executor()] {
-                                 asio::post(executor, [weak] {
-                                   if (const auto self = weak.lock()) self->notify();
-                                 });
-                               });
-    Woken woken = co_await settle(until, false);
-    while (woken == Woken::ready && !request.over()) woken = co_await wait(false, false, until, false);
-    if (woken == Woken::late) close();
+    const Clock::time_point until = time_after(settings_.cancel_timeout);
+    const auto notify = [weak = weak_from_this(), executor = io_->wake.get_executor()] {
+      asio::post(executor, [weak] {
+        if (const auto self = weak.lock()) self->notify();
+      });
+    };
+    for (bool ended = false; !ended;) {
+      // The server ignores a request that it gets before the statement. So it is repeated.
+      Canceller::Request request(canceller_, io_->libpq.get(), notify);
+      const Clock::time_point again = std::min(until, time_after(std::chrono::milliseconds(100)));
+      ended = co_await settle(again, false) == Woken::ready;
+      Woken woken = Woken::ready;
+      while (woken == Woken::ready && !request.over()) woken = co_await wait(false, false, until, false);
+      ended = ended || collect();
+      if (woken == Woken::late || (!ended && Clock::now() >= until)) {
+        close();
+        break;
+      }
+    }
   }
 
-  /// Returns the exception that the caller must throw, or null.
-  asio::awaitable<std::exception_ptr> end_transaction(std::exception_ptr failure) {
+  /// Ends the transaction, or the part since the savepoint. Returns the exception that the caller must throw, or null.
+  asio::awaitable<std::exception_ptr> end_transaction(const std::string& savepoint, std::exception_ptr failure) {
     const auto cancellation = co_await asio::this_coro::cancellation_state;
     if (!failure && cancellation.cancelled() != asio::cancellation_type::none)
       failure = std::make_exception_ptr(std::system_error(asio::error::operation_aborted, "pg: transaction"));
+    if (!failure) failure = co_await commit(savepoint);
+    if (!failure || !is_open() || PQtransactionStatus(io_->libpq.get()) == PQTRANS_IDLE) co_return failure;
     try {
-      if (failure) {
-        if (is_open()) co_await run("rollback", Parameters(), Clock::now() + settings_.cancel_timeout, false);
-      } else {
-        const Result result = co_await run("commit", Parameters(), no_deadline, true);
-        if (result.command() != "COMMIT")
-          throw Error(Error::statement, "rolled back at COMMIT, because a statement in the transaction had failed");
-      }
-    } catch (const std::exception& e) {
-      if (failure) {
-        close();
-      } else if (is_open()) {
-        failure = std::current_exception();
-      } else {
-        failure = std::make_exception_ptr(Error(Error::commit_unknown, std::string("during COMMIT: ") + e.what()));
-      }
+      const Clock::time_point until = time_after(settings_.cancel_timeout);
+      const std::string to = savepoint.empty() ? "" : " to savepoint " + savepoint;
+      co_await run("rollback" + to, Parameters(), until, false);
+      if (!savepoint.empty()) co_await run("release savepoint " + savepoint, Parameters(), until, false);
+    } catch (...) {
+      close();
     }
     co_return failure;
+  }
+
+  asio::awaitable<std::exception_ptr> commit(const std::string& savepoint) {
+    try {
+      const std::string sql = savepoint.empty() ? "commit" : "release savepoint " + savepoint;
+      const Result result = co_await run(sql, Parameters(), no_deadline, true);
+      if (result.command() == "ROLLBACK")
+        throw Error(Error::statement, "rolled back at COMMIT, because a statement in the transaction had failed");
+    } catch (const std::exception& e) {
+      const auto* const error = dynamic_cast<const Error*>(&e);
+      if (!savepoint.empty() || (is_open() && (error == nullptr || error->unchanged())))
+        co_return std::current_exception();
+      co_return std::make_exception_ptr(Error(Error::commit_unknown, std::string("during COMMIT: ") + e.what()));
+    }
+    co_return nullptr;
   }
 
   const Settings settings_;
   const std::shared_ptr<Canceller> canceller_;
   const pid_t owner_ = getpid();
+  std::size_t savepoints_ = 0, ended_transactions_ = 0, completed_ = 0;
   std::unique_ptr<Io> io_;
 };
 
@@ -656,6 +923,7 @@ class Pool {
     std::size_t free;
     std::shared_ptr<Canceller> canceller = std::make_shared<Canceller>();
     std::vector<std::shared_ptr<Connection>> idle = {};  // never more than there are unused rights
+    std::vector<std::weak_ptr<Connection>> all = {};     // for a forked child, which has no use for them
     std::deque<Waiter*> waiters = {};
     pid_t owner = getpid();
     bool closed = false;
@@ -728,9 +996,14 @@ class Pool {
   }
 
   /// Closes idle connections now and borrowed ones when they come back. Waiting callers get an error. May be called
-  /// again.
+  /// again. In a forked child, closes the descriptors of all connections, which stay usable in the parent.
   void close() noexcept {
-    if (getpid() != state_->owner) return;  // after a fork, the pool belongs to the parent
+    if (getpid() != state_->owner) {
+      for (const auto& connection : state_->all) {
+        if (const auto inherited = connection.lock()) inherited->close();
+      }
+      return;
+    }
     state_->closed = true;
     state_->idle.clear();
     for (Waiter* waiter : std::exchange(state_->waiters, {})) waiter->timer.cancel();
@@ -744,7 +1017,10 @@ class Pool {
       permit->idle.pop_back();
       if (connection->usable()) co_return Lease(std::move(permit), std::move(connection));
     }
-    auto connection = co_await Connection::open(state->executor, state->settings, deadline, state->canceller);
+    auto connection = std::make_shared<Connection>(state->executor, state->settings, state->canceller);
+    std::erase_if(state->all, [](const auto& other) { return other.expired(); });
+    state->all.push_back(connection);
+    co_await connection->connect(deadline);
     if (state->closed) throw Error(Error::closed, "the pool was closed");
     co_return Lease(std::move(permit), std::move(connection));
   }

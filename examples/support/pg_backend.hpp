@@ -18,14 +18,41 @@
 #include "support/pg.hpp"
 #include "support/shared_client.hpp"
 
+/// Thrown by a task to end its call with this error.
+class BackendException : public std::runtime_error {
+ public:
+  BackendException(BackendError::Kind kind, const std::string& message) : std::runtime_error(message), kind_(kind) {}
+  [[nodiscard]] BackendError::Kind kind() const noexcept { return kind_; }
+
+ private:
+  BackendError::Kind kind_;
+};
+
 /// Describes the exception that is being handled, or rethrows it.
 inline BackendError describe_pg_error() {
   try {
     throw;
+  } catch (const BackendException& e) {
+    return {e.kind(), e.what()};
   } catch (const pg::Error& e) {
-    return {e.kind() == pg::Error::statement ? BackendError::Refused : BackendError::Unavailable, e.what()};
-  } catch (const std::invalid_argument& e) {  // a text that PostgreSQL cannot store
-    return {BackendError::Refused, e.what()};
+    const bool refused = e.kind() == pg::Error::statement || e.kind() == pg::Error::invalid;
+    if (refused && e.unchanged()) return {BackendError::Refused, e.what()};
+    if (e.kind() == pg::Error::decode) return {BackendError::BadAnswer, e.what()};
+    if (e.kind() == pg::Error::commit_unknown) return {BackendError::CommitUnknown, e.what()};
+    return {BackendError::Unavailable, e.what()};
+  }
+}
+
+/// Runs `function(connection)`. If it fails, but a statement before was successful outside a transaction, this does not
+/// end in an error that says that nothing was changed.
+template <class Function>
+std::invoke_result_t<Function&, pg::Connection&> run_on(pg::Connection& connection, Function& function) {
+  const auto completed = connection.completed();
+  try {
+    co_return co_await function(connection);
+  } catch (const pg::Error& e) {
+    if (!e.unchanged() || connection.completed() == completed) throw;
+    throw BackendException(BackendError::BadAnswer, std::string(e.what()) + "; statements before it took effect");
   }
 }
 
@@ -41,7 +68,7 @@ class PgClient {
   auto call(Function function) const {
     return pool_.call([&](pg::Pool& pool) -> std::invoke_result_t<Function&, pg::Connection&> {
       const auto lease = co_await pool.acquire();
-      co_return co_await function(*lease);
+      co_return co_await run_on(*lease, function);
     });
   }
   // [/readme]
