@@ -1445,7 +1445,7 @@ TEST_CASE("pg: the outcomes of a change can be told apart") {
       co_await connection.query("insert into " + table_name + " values (2)");
       co_return co_await insert_one(connection);
     };
-    CHECK(kind(client.call(one_of_two)) == BackendError::BadAnswer);
+    CHECK(kind(client.call(one_of_two)) == BackendError::PartlyDone);
     CHECK(table.count() == 2);
     const auto ended = [](pg::Connection& connection) -> awaitable<int> {
       co_await connection.query("insert into " + table_name + " values (3)");

@@ -28,6 +28,7 @@ struct BackendError {
     NotFound,     ///< The object does not exist.
     WrongThread,  ///< The call would wait for itself: it was made by a task of the same backend.
     // A change may or may not have been made.
+    PartlyDone,     ///< Something was refused after earlier statements of the same call had taken effect.
     Corrupt,        ///< The object's content is not what was stored.
     BadAnswer,      ///< The server answered, but not what was asked for.
     Unavailable,    ///< The server could not be reached, or the connection was lost.

@@ -43,8 +43,7 @@ inline BackendError describe_pg_error() {
   }
 }
 
-/// Runs `function(connection)`. If it fails, but a statement before was successful outside a transaction, this does not
-/// end in an error that says that nothing was changed.
+/// Runs `function(connection)`. If a statement is refused after an earlier one took effect, the error says so.
 template <class Function>
 std::invoke_result_t<Function&, pg::Connection&> run_on(pg::Connection& connection, Function& function) {
   const auto completed = connection.completed();
@@ -52,7 +51,7 @@ std::invoke_result_t<Function&, pg::Connection&> run_on(pg::Connection& connecti
     co_return co_await function(connection);
   } catch (const pg::Error& e) {
     if (!e.unchanged() || connection.completed() == completed) throw;
-    throw BackendException(BackendError::BadAnswer, std::string(e.what()) + "; statements before it took effect");
+    throw BackendException(BackendError::PartlyDone, std::string(e.what()) + "; statements before it took effect");
   }
 }
 
