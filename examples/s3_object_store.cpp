@@ -47,9 +47,23 @@ BackendError describe_s3_error() {
   try {
     throw;
   } catch (const s3::Error& e) {
-    return {e.status() == 404 ? BackendError::NotFound : BackendError::Refused, e.what()};
+    switch (e.kind()) {
+      case s3::Error::NoSuchObject: return {BackendError::NotFound, e.what()};
+      case s3::Error::Unavailable: return {BackendError::Unavailable, e.what()};
+      case s3::Error::BadAnswer: return {BackendError::BadAnswer, e.what()};
+      default: return {BackendError::Refused, e.what()};
+    }
   } catch (const curl::Error& e) {
-    return {BackendError::Unavailable, e.what()};
+    switch (e.code()) {
+      case CURLE_URL_MALFORMAT:
+      case CURLE_BAD_FUNCTION_ARGUMENT: return {BackendError::Refused, e.what()};  // nothing was sent
+      case CURLE_UNSUPPORTED_PROTOCOL:
+      case CURLE_WEIRD_SERVER_REPLY:
+      case CURLE_FILESIZE_EXCEEDED: return {BackendError::BadAnswer, e.what()};
+      case CURLE_ABORTED_BY_CALLBACK: return {BackendError::Stopped, e.what()};
+      case CURLE_OUT_OF_MEMORY: return {BackendError::Failed, e.what()};
+      default: return {BackendError::Unavailable, e.what()};
+    }
   }
 }
 
