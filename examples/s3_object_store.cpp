@@ -29,6 +29,7 @@
 #include "support/backends.hpp"
 #include "support/command_line.hpp"
 #include "support/curl.hpp"
+#include "support/http_benchmark.hpp"
 #include "support/program.hpp"
 #include "support/s3.hpp"
 #include "support/shared_client.hpp"
@@ -224,8 +225,10 @@ void run(int count, char** arguments) {
        {"key-id", "ID", "the access key ID", "S3RVER", {"AWS_ACCESS_KEY_ID"}},
        {"secret", "TEXT", "the secret access key, which signs the requests", "S3RVER", {"AWS_SECRET_ACCESS_KEY"}},
        {"session-token", "TEXT", "the session token of temporary credentials", "", {"AWS_SESSION_TOKEN"}},
-       {"memory", "MIB", "how much memory the large object may use", "16", {}}});
+       {"memory", "MIB", "how much memory the large object may use", "16", {}},
+       {"benchmark", "", "measure small requests, with: examples/serve nginx", "", {}}});
   std::signal(SIGPIPE, SIG_IGN);  // required by curl.hpp
+  if (line.has("benchmark")) return http_benchmark::run(line["endpoint"]);
   S3ObjectStore store(
       {line["endpoint"], line["region"], line["bucket"], line["key-id"], line["secret"], line["session-token"]});
   need_server(store.create_bucket(), "S3 server at " + line["endpoint"], "s3");
