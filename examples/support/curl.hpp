@@ -27,7 +27,6 @@
 #include <climits>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
 #include <exception>
 #include <functional>
 #include <limits>
@@ -484,8 +483,6 @@ class Transfer {
       set(easy, CURLOPT_POSTFIELDSIZE_LARGE, static_cast<curl_off_t>(size_));
       set(easy, CURLOPT_READFUNCTION, &Transfer::on_read);
       set(easy, CURLOPT_READDATA, static_cast<void*>(this));
-      set(easy, CURLOPT_SEEKFUNCTION, &Transfer::on_seek);
-      set(easy, CURLOPT_SEEKDATA, static_cast<void*>(this));
       const auto is_type = [](std::string_view header) {
         return equal_but_for_case(header.substr(0, header.find_first_of(":;")), "Content-Type");
       };
@@ -587,10 +584,6 @@ class Transfer {
   static std::size_t on_header(const char* data, std::size_t /*one*/, std::size_t size, void* self) noexcept {
     return static_cast<Transfer*>(self)->receive_header({data, size});
   }
-  // libcurl resends a body on its own if a reused connection was dead, or after a 417.
-  static int on_seek(void* self, curl_off_t offset, int origin) noexcept {
-    return static_cast<Transfer*>(self)->rewind(offset, origin) ? CURL_SEEKFUNC_OK : CURL_SEEKFUNC_CANTSEEK;
-  }
   static std::size_t on_write(const char* data, std::size_t /*one*/, std::size_t size, void* self) noexcept {
     return static_cast<Transfer*>(self)->receive({data, size});
   }
@@ -642,12 +635,6 @@ class Transfer {
     const std::size_t size = std::string_view(buffer_).substr(given_).copy(room.data(), room.size());
     given_ += size;
     return size;
-  }
-
-  bool rewind(curl_off_t offset, int origin) noexcept {
-    if (offset != 0 || origin != SEEK_SET || taken_ != buffer_.size()) return false;  // some of it is gone
-    given_ = 0;
-    return true;
   }
 
   asio::awaitable<void> refill() {
