@@ -975,7 +975,12 @@ TEST_CASE("curl: a bridge may be destroyed with transfers in any state, and all 
 }
 
 TEST_CASE("curl: a context whose transfers have ended runs out of work", "[timing]") {
-  HttpServer server(hello);
+  HttpServer server([](Exchange& exchange) -> awaitable<bool> {
+    asio::steady_timer timer(exchange.socket.get_executor(),
+                             300ms);  // longer than libcurl's timer for a second address
+    co_await timer.async_wait(use_awaitable);
+    co_return co_await hello(exchange);
+  });
   asio::io_context context(1);
   curl::Options options;
   options.stall_timeout = std::chrono::seconds::max();  // or libcurl would want to be called in a second
