@@ -38,6 +38,7 @@ find_package(CLI11 QUIET)
 find_package(PostgreSQL QUIET)
 find_package(CURL 7.75 QUIET)  # the first version with CURLOPT_AWS_SIGV4
 find_package(OpenSSL QUIET COMPONENTS Crypto)
+find_package(pugixml QUIET)
 
 # Asio before 1.24 does not detect that clang has coroutines.
 function(runtime_bridge_check_coroutines)

@@ -29,6 +29,7 @@
 
 #include "support/backends.hpp"
 #include "support/curl.hpp"
+#include "support/http_benchmark.hpp"
 #include "support/program.hpp"
 #include "support/s3.hpp"
 #include "support/shared_client.hpp"
@@ -47,9 +48,23 @@ BackendError describe_s3_error() {
   try {
     throw;
   } catch (const s3::Error& e) {
-    return {e.status() == 404 ? BackendError::NotFound : BackendError::Refused, e.what()};
+    switch (e.kind()) {
+      case s3::Error::NoSuchObject: return {BackendError::NotFound, e.what()};
+      case s3::Error::Unavailable: return {BackendError::Unavailable, e.what()};
+      case s3::Error::BadAnswer: return {BackendError::BadAnswer, e.what()};
+      default: return {BackendError::Refused, e.what()};
+    }
   } catch (const curl::Error& e) {
-    return {BackendError::Unavailable, e.what()};
+    switch (e.code()) {
+      case CURLE_URL_MALFORMAT:
+      case CURLE_BAD_FUNCTION_ARGUMENT: return {BackendError::Refused, e.what()};  // nothing was sent
+      case CURLE_UNSUPPORTED_PROTOCOL:
+      case CURLE_WEIRD_SERVER_REPLY:
+      case CURLE_FILESIZE_EXCEEDED: return {BackendError::BadAnswer, e.what()};
+      case CURLE_ABORTED_BY_CALLBACK: return {BackendError::Stopped, e.what()};
+      case CURLE_OUT_OF_MEMORY: return {BackendError::Failed, e.what()};
+      default: return {BackendError::Unavailable, e.what()};
+    }
   }
 }
 
@@ -217,9 +232,12 @@ void run(CLI::App& app, int count, char** arguments) {
   add("--session-token", settings.session_token, "the session token of temporary credentials")
       ->envname("AWS_SESSION_TOKEN");
   add("--memory", memory, "how much memory the large object may use, in MiB")->check(CLI::Range(0, 1024));
+  bool measure = false;
+  app.add_flag("--benchmark", measure, "measure small requests, with: examples/serve nginx");
   app.parse(count, arguments);
 
   std::signal(SIGPIPE, SIG_IGN);  // required by curl.hpp
+  if (measure) return http_benchmark::run(settings.endpoint);
   S3ObjectStore store(settings);
   need_server(store.create_bucket(), "S3 server at " + settings.endpoint, "s3");
   small_objects(store);

@@ -131,7 +131,7 @@ curl::Request download(const std::string& url, std::string& into) {
   return request;
 }
 
-/// Transfers whose sink or source never returns.
+/// Transfers whose sink never returns, or whose source does not after the first byte.
 curl::Request stuck_download(const std::string& url) {
   curl::Request request("GET", url);
   request.open_sink = [] { return [](std::string_view) { return park(); }; };
@@ -141,9 +141,10 @@ curl::Request stuck_upload(const std::string& url) {
   curl::Request request("PUT", url);
   request.body_size = 100;
   request.open_body = [] {
-    return [](std::span<char>) -> awaitable<std::size_t> {
-      co_await park();
-      co_return 0;
+    return [given = false](std::span<char> room) mutable -> awaitable<std::size_t> {
+      if (std::exchange(given, true)) co_await park();
+      room[0] = 'x';
+      co_return 1;
     };
   };
   return request;
@@ -326,6 +327,91 @@ TEST_CASE("curl: an exception from a source or a sink ends the transfer and reac
   CHECK(http.get(server.url()).body == "hello");
 }
 
+TEST_CASE("curl: what would end a line, or be cut off, is refused and not sent") {
+  HttpServer server(hello);
+  Http http;
+  const auto with_header = [&](std::string header) {
+    curl::Request request("GET", server.url());
+    request.headers.push_back(std::move(header));
+    return http.failure(request);
+  };
+  CHECK(with_header("X-A: b\r\nX-C: d") == CURLE_BAD_FUNCTION_ARGUMENT);
+  CHECK(with_header("X-A: b\n") == CURLE_BAD_FUNCTION_ARGUMENT);
+  CHECK(with_header(std::string("X-A: b\0c", 8)) == CURLE_BAD_FUNCTION_ARGUMENT);
+  CHECK(with_header("X-A: \xC3\xA4\tb") == CURLE_OK);
+  for (const std::string& target : {std::string("/a b"), std::string("/a\r\nb"), std::string("/a\0b", 4)}) {
+    CHECK(http.failure({"GET", server.url(target)}) == CURLE_URL_MALFORMAT);
+  }
+  CHECK(http.failure({"GET /other HTTP/1.1\r\nX-A:", server.url()}) == CURLE_BAD_FUNCTION_ARGUMENT);
+  CHECK(http.failure({"", server.url()}) == CURLE_BAD_FUNCTION_ARGUMENT);
+  curl::Request request("GET", server.url());
+  request.user = std::string("a\0b", 3);
+  CHECK(http.failure(request) == CURLE_BAD_FUNCTION_ARGUMENT);
+  CHECK(server.requests == 1);
+}
+
+TEST_CASE("curl: the headers of the response, but not those of an interim one") {
+  HttpServer server([](Exchange& exchange) -> awaitable<bool> {
+    co_await exchange.write("HTTP/1.1 103 Early Hints\r\nX-Colour: red\r\n\r\n");
+    co_await exchange.answer(200, "hello", "X-COLOUR-Two: green\r\nx-colour:  blue \r\nX-Empty:\r\nX-Colour: grey\r\n");
+    co_return true;
+  });
+  const curl::Response response = Http().get(server.url());
+  CHECK(response.body == "hello");
+  CHECK(response.header("X-Colour") == "blue");
+  CHECK(response.header("x-colour-two") == "green");
+  CHECK(response.header("x-empty").empty());
+  CHECK(response.header("x-col").empty());
+}
+
+TEST_CASE("curl: a head without end is an error") {
+  HttpServer server([](Exchange& exchange) -> awaitable<bool> {
+    co_await exchange.write("HTTP/1.1 200 OK\r\n");
+    const std::string header = "X-A: " + std::string(1000, 'x') + "\r\n";
+    for (;;) co_await exchange.write(header);
+  });
+  CHECK(Http().failure({"GET", server.url()}) == CURLE_FILESIZE_EXCEEDED);
+}
+
+TEST_CASE("curl: a small body is sent at once, a large one if the server wants it", "[timing]") {
+  std::string expect;
+  HttpServer server([&](Exchange& exchange) -> awaitable<bool> {
+    expect = exchange.headers["expect"];
+    if (exchange.target == "/unwilling") {
+      co_await exchange.answer(403, "no", "Connection: close\r\n");
+      co_return false;
+    }
+    if (exchange.length() <= mebibyte) exchange.headers.erase("expect");  // does not know it
+    co_await exchange.body();
+    co_return co_await hello(exchange);
+  });
+  Http http;
+  const std::string large = pattern(mebibyte + 1);
+  const auto start = std::chrono::steady_clock::now();
+  CHECK(http.fetch(upload(server.url(), std::string_view(large).substr(1))).status == 200);
+  CHECK(std::chrono::steady_clock::now() - start < 900ms);
+  CHECK(expect.empty());
+  CHECK(http.fetch(upload(server.url(), large)).status == 200);
+  CHECK(expect == "100-continue");
+  CHECK(http.fetch(upload(server.url("/unwilling"), large)).status == 403);
+}
+
+TEST_CASE("curl: a server that does not know Expect gets the body without it") {
+  std::string arrived;
+  HttpServer server([&](Exchange& exchange) -> awaitable<bool> {
+    if (exchange.headers.contains("expect")) {
+      co_await exchange.answer(417, "what?");
+      co_return true;
+    }
+    arrived = co_await exchange.body();
+    co_return co_await hello(exchange);
+  });
+  const std::string large = pattern(2 * mebibyte);
+  CHECK(Http().fetch(upload(server.url(), large)).status == 200);
+  CHECK(arrived == large);
+  CHECK(server.requests == 2);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Connections
 
@@ -334,6 +420,83 @@ TEST_CASE("curl: connections are reused") {
   Http http;
   for (int i = 0; i < 50; ++i) REQUIRE(http.get(server.url()).body == "hello");
   CHECK(server.connections == 1);
+}
+
+TEST_CASE("curl: a request leaves nothing behind for the next one") {
+  std::string seen;
+  HttpServer server([&](Exchange& exchange) -> awaitable<bool> {
+    co_await exchange.body();
+    seen.clear();
+    for (const auto& [name, value] : exchange.headers) {
+      if (name != "host") seen += name + '=' + value + ' ';
+    }
+    co_await exchange.answer(200, exchange.method, "Set-Cookie: a=b\r\n");
+    co_return true;
+  });
+  Http http;
+  curl::Request special = upload(server.url(), "text");
+  special.headers = {"X-Colour: blue"};
+  special.user = "somebody";
+  special.password = "secret";
+  CHECK(http.fetch(special).body == "PUT");
+  CHECK(seen ==
+        "accept=*/* authorization=Basic c29tZWJvZHk6c2VjcmV0 content-length=4 "
+        "content-type=application/octet-stream x-colour=blue ");
+  special.configure = [](CURL* easy) { curl::set(easy, CURLOPT_COOKIEFILE, ""); };
+  CHECK(http.fetch(special).body == "PUT");
+  CHECK(http.get(server.url()).body == "GET");
+  CHECK(seen == "accept=*/* ");
+  CHECK(http.fetch({"HEAD", server.url()}).body.empty());
+  CHECK(http.get(server.url()).body == "GET");
+  CHECK(seen == "accept=*/* ");
+  CHECK(server.connections == 1);
+}
+
+TEST_CASE("curl: a connection that the server has closed while it was idle does not matter") {
+  HttpServer server([](Exchange& exchange) -> awaitable<bool> {
+    const std::string body = co_await exchange.body();
+    co_await exchange.answer(200, body);
+    co_return false;
+  });
+  curl::Options options = quick();
+  options.max_attempts = 1;
+  Http http(options);
+  for (const char* method : {"GET", "PUT", "POST", "DELETE", "PUT"}) {
+    CHECK(http.fetch(upload(server.url(), "text", method)).body == "text");
+    await_state([&] { return server.open == 0; });
+  }
+}
+
+TEST_CASE("curl: a connection that the server closes when the request comes is replaced") {
+  HttpServer server([first = true](Exchange& exchange) mutable -> awaitable<bool> {
+    const std::string body = co_await exchange.body();
+    if (exchange.target == "/second" && std::exchange(first, false)) co_return false;
+    co_await exchange.answer(200, body);
+    co_return true;
+  });
+  curl::Options options = quick();
+  options.max_attempts = 1;
+  Http http(options);
+  CHECK(http.fetch(upload(server.url("/first"), "text")).body == "text");
+  CHECK(http.fetch(upload(server.url("/second"), "text")).body == "text");
+  CHECK(server.connections == 2);
+}
+
+TEST_CASE("curl: the environment's proxy is not asked for this machine") {
+  HttpServer server(hello);
+  curl::Options options = quick();
+  options.max_attempts = 1;
+  setenv("http_proxy", "http://127.0.0.1:1", 1);
+  const std::string port = server.host().substr(server.host().find(':'));
+  CHECK(Http(options).failure({"GET", server.url()}) == CURLE_OK);
+  // Where a name has two addresses, and one refuses, the other is tried.
+  CHECK(Http(options).failure({"GET", "http://LOCALHOST" + port + "/"}) == CURLE_OK);
+  CHECK(Http(options).failure({"GET", "http://somewhere.test/"}) == CURLE_COULDNT_CONNECT);
+  unsetenv("http_proxy");
+  CHECK(curl::detail::is_loopback("http://[::1]:80/"));
+  CHECK(curl::detail::is_loopback("https://127.1.2.3"));
+  CHECK_FALSE(curl::detail::is_loopback("https://a.test/?x=@localhost"));
+  CHECK_FALSE(curl::detail::is_loopback("http://localhost.test"));
 }
 
 TEST_CASE("curl: works when the numbers of closed sockets are reused") {
@@ -573,26 +736,73 @@ TEST_CASE("curl: a request whose body or sink cannot be reopened is not retried"
   CHECK(server.requests == 1);
 }
 
-TEST_CASE("curl: Retry-After is respected, and one that is too long means no retry", "[timing]") {
-  std::atomic<int> ask_for = 1;  // 0: an answer
+TEST_CASE("curl: the statuses of failures that may pass are retried, and no others") {
+  std::atomic<int> status = 0;
+  std::atomic<bool> failed = false;
   HttpServer server([&](Exchange& exchange) -> awaitable<bool> {
-    const int seconds = ask_for;
-    if (seconds == 1) ask_for = 0;
-    if (seconds == 0) co_return co_await hello(exchange);
-    const std::string header = "Retry-After: " + std::to_string(seconds) + "\r\n";
+    if (!failed.exchange(true)) {
+      co_await exchange.answer(status);
+      co_return true;
+    }
+    co_return co_await hello(exchange);
+  });
+  Http http;
+  for (const int passing : {408, 429, 500, 502, 503, 504}) {
+    status = passing;
+    failed = false;
+    CHECK(http.get(server.url()).status == 200);
+  }
+  for (const int lasting : {400, 403, 404, 409, 412, 501, 505}) {
+    status = lasting;
+    failed = false;
+    CHECK(http.get(server.url()).status == lasting);
+  }
+  // The caller may know more.
+  curl::Request request("GET", server.url());
+  request.may_pass = [](const curl::Response& response) { return response.status == 409; };
+  status = 409;
+  failed = false;
+  CHECK(http.fetch(request).status == 200);
+  status = 503;
+  failed = false;
+  CHECK(http.fetch(request).status == 503);
+}
+
+TEST_CASE("curl: a Retry-After of any length is respected, as far as the deadline permits", "[timing]") {
+  std::string after;  // empty: an answer
+  HttpServer server([&](Exchange& exchange) -> awaitable<bool> {
+    if (after.empty()) co_return co_await hello(exchange);
+    const std::string header = "Retry-After: " + after + "\r\n";
+    if (after.size() < 3 || after.find("GMT") != after.npos) after.clear();
     co_await exchange.answer(503, {}, header);
     co_return true;
   });
-  curl::Options options = quick();
-  options.max_delay = 2s;
-  Http http(options);
-  const auto start = std::chrono::steady_clock::now();
-  CHECK(http.get(server.url()).status == 200);
-  CHECK(std::chrono::steady_clock::now() - start >= 1s);
+  const auto date = [](std::time_t time) {
+    std::array<char, 64> text{};
+    std::strftime(text.data(), text.size(), "%a, %d %b %Y %H:%M:%S GMT", std::gmtime(&time));
+    return std::string(text.data());
+  };
+  Http http;  // its max_delay is 10 ms
+  const auto time_of_get = [&] {
+    const auto start = std::chrono::steady_clock::now();
+    CHECK(http.get(server.url()).status == 200);
+    return std::chrono::steady_clock::now() - start;
+  };
+  after = "1";
+  CHECK(time_of_get() >= 1s);
   CHECK(server.requests == 2);
-  ask_for = 3;
-  CHECK(http.get(server.url()).retry_after == 3s);
-  CHECK(server.requests == 3);
+  after = date(std::time(nullptr) + 3);
+  CHECK(time_of_get() >= 1s);
+  after = date(std::time(nullptr) - 1000);
+  CHECK(time_of_get() < 1s);
+  CHECK(server.requests == 6);
+  for (const char* long_time : {"1000", "99999999999999999999", "9223372036854775807"}) {
+    CAPTURE(long_time);
+    after = long_time;
+    const int before = server.requests;
+    CHECK(http.ends_in_time({"GET", server.url()}));
+    CHECK(server.requests == before + 1);
+  }
 }
 
 TEST_CASE("curl: retry delays grow up to a limit, with jitter") {
@@ -612,6 +822,44 @@ TEST_CASE("curl: retry delays grow up to a limit, with jitter") {
   CHECK((least[0] >= 50ms && least[0] < 60ms && most[0] > 90ms && most[0] <= 100ms));
   CHECK((least[1] >= 100ms && least[1] < 120ms && most[1] > 180ms && most[1] <= 200ms));
   CHECK((least[2] >= 500ms && least[2] < 600ms && most[2] > 900ms && most[2] <= 1s));
+}
+
+TEST_CASE("curl: durations of any length") {
+  Flaky flaky(Flaky::with_503, 1);
+  HttpServer server(handler(flaky));
+  const FullPort full;
+  curl::Options options;
+  options.connect_timeout = std::chrono::milliseconds::max();
+  options.stall_timeout = std::chrono::seconds::max();
+  options.first_delay = options.max_delay = std::chrono::milliseconds::max();
+  {
+    Http http(options);
+    CHECK(http.ends_in_time({"GET", server.url()}));  // to try again
+    CHECK(http.get(server.url()).status == 200);
+    CHECK(http.ends_in_time({"GET", full.url()}));  // for a connection
+  }
+  options.connect_timeout = std::chrono::milliseconds(std::int64_t{1} << 32U);  // not cut down to none
+  options.stall_timeout = std::chrono::seconds::max() - 1s;
+  CHECK(Http(options).get(server.url()).status == 200);
+  CHECK(Http(options).ends_in_time({"GET", full.url()}));
+
+  for (const std::chrono::milliseconds now : {0ms, -1ms, std::chrono::milliseconds::min()}) {
+    Flaky again(Flaky::with_503, 2);
+    HttpServer other(handler(again));
+    options.first_delay = options.max_delay = now;
+    options.connect_timeout = 10s;
+    options.stall_timeout = std::chrono::duration_cast<std::chrono::seconds>(now);
+    CHECK(Http(options).get(other.url()).status == 200);
+    options.connect_timeout = now;
+    options.max_attempts = 3;
+    CHECK(Http(options).failure({"GET", full.url()}) == CURLE_OPERATION_TIMEDOUT);
+  }
+
+  asio::io_context context;
+  options.first_delay = 1ms;
+  options.max_delay = std::chrono::milliseconds::max();
+  auto driver = std::make_shared<curl::detail::Driver>(context.get_executor(), options);
+  CHECK(driver->delay_after(1000) >= std::chrono::milliseconds::max() / 2);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -725,3 +973,76 @@ TEST_CASE("curl: a bridge may be destroyed with transfers in any state, and all 
   }
   CHECK(descriptors_of_this_process() == before);
 }
+
+TEST_CASE("curl: a context whose transfers have ended runs out of work", "[timing]") {
+  HttpServer server([](Exchange& exchange) -> awaitable<bool> {
+    asio::steady_timer timer(exchange.socket.get_executor(),
+                             300ms);  // longer than libcurl's timer for a second address
+    co_await timer.async_wait(use_awaitable);
+    co_return co_await hello(exchange);
+  });
+  asio::io_context context(1);
+  curl::Options options;
+  options.stall_timeout = std::chrono::seconds::max();  // or libcurl would want to be called in a second
+  const curl::Client client(context.get_executor(), options);
+  curl::Request request("GET", server.url());
+  request.configure = [](CURL* easy) { curl::set(easy, CURLOPT_TIMEOUT_MS, 60'000L); };  // a timer that is not needed
+  long status = 0;
+  const auto task = [&]() -> awaitable<void> {
+    const curl::Response response = co_await client.fetch(request);
+    status = response.status;
+  };
+  asio::co_spawn(context, task, asio::detached);
+  const auto start = std::chrono::steady_clock::now();
+  context.run();
+  CHECK(status == 200);
+  CHECK(std::chrono::steady_clock::now() - start < 5s);
+  client.close();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forks
+
+#ifndef SANITIZED_BY_CLANG_TSAN
+namespace {
+
+/// How many descriptors of this process are connections to the server.
+std::size_t connections_to(const HttpServer& server) {
+  std::size_t number = 0;
+  for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+    sockaddr_in peer{};
+    socklen_t size = sizeof peer;
+    const int descriptor = std::stoi(entry.path().filename());
+    if (getpeername(descriptor, reinterpret_cast<sockaddr*>(&peer), &size) != 0) continue;
+    number += server.host().ends_with(':' + std::to_string(ntohs(peer.sin_port))) ? 1U : 0U;
+  }
+  return number;
+}
+
+}  // namespace
+
+TEST_CASE("curl: a forked child closes its copies and leaves its parent's transfers alone", "[child]") {
+  std::binary_semaphore go_on(0);
+  HttpServer slow([&](Exchange& exchange) -> awaitable<bool> {
+    go_on.acquire();
+    co_return co_await hello(exchange);
+  });
+  HttpServer server(hello);
+  auto http = std::make_unique<Http>();
+  CHECK(http->get(server.url()).body == "hello");  // an idle connection
+  auto call = http->bridge.submit([&] { return http->client.fetch(curl::Request("GET", slow.url())); });
+  await_state([&] { return slow.requests == 1; });
+  unwrap(http->bridge.block_on([] {}));  // the worker has come back from libcurl
+  CHECK(connections_to(server) == 1);
+  CHECK(in_child_process([&] {
+          if (connections_to(server) != 1 || connections_to(slow) != 1) return 1;
+          http.reset();
+          return connections_to(server) == 0 && connections_to(slow) == 0 ? 0 : 2;
+        }) == 0);
+  go_on.release();
+  CHECK(unwrap(call.join()).body == "hello");
+  CHECK(http->get(server.url()).body == "hello");
+  CHECK(server.connections == 1);
+  CHECK(slow.connections == 1);
+}
+#endif

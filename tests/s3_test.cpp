@@ -165,6 +165,8 @@ std::string objection(Exchange& exchange, const std::string& body) {
 /// A bucket in memory.
 class FakeS3 {
  public:
+  explicit FakeS3(bool made = true) : made_(made) {}
+
   awaitable<bool> operator()(Exchange& exchange) {
     const std::string body = co_await exchange.body();
     last_objection = objection(exchange, body);
@@ -237,14 +239,49 @@ class FakeS3 {
     return {200, xml + "</ListBucketResult>"};
   }
 
-  bool made_ = false;
+  bool made_;
   std::map<std::string, std::string> objects_;
+};
+
+/// A server that knows the answers beforehand.
+class Script {
+ public:
+  struct Line {
+    int status = 200;
+    std::string body = {}, headers = {};
+  };
+  static constexpr int raw = -1;  // the body is all that is sent
+
+  /// The last line is the answer to all further requests.
+  explicit Script(std::vector<Line> lines) : lines_(std::move(lines)) {}
+
+  awaitable<bool> operator()(Exchange& exchange) {
+    const std::string body = co_await exchange.body();
+    requests.push_back(exchange.method + ' ' + exchange.target);
+    headers = exchange.headers;
+    objections.push_back(objection(exchange, body));
+    const Line line = lines_.size() > 1 ? lines_.front() : lines_.back();
+    if (lines_.size() > 1) lines_.erase(lines_.begin());
+    if (line.status == raw) {
+      co_await exchange.write(line.body);
+      co_return false;
+    }
+    co_await exchange.answer(line.status, line.body, line.headers);
+    co_return true;
+  }
+
+  std::vector<std::string> requests, objections;
+  std::map<std::string, std::string> headers;  // of the last request
+
+ private:
+  std::vector<Line> lines_;
 };
 
 /// A bridge and a bucket on it.
 class Store {
  public:
-  explicit Store(FakeS3& s3, std::string token = {})
+  template <class Server>
+  explicit Store(Server& s3, std::string token = {})
       : server([&s3](Exchange& exchange) { return s3(exchange); }),
         settings{server.url(""), region, "my bucket", id, secret, std::move(token), 3},
         bucket(curl::Client(bridge.get_executor(), options()), settings) {}
@@ -262,6 +299,29 @@ class Store {
     const s3::Content content(text.size(), [&] { return curl::from_memory(text); });
     run([&] { return bucket.put(key, content, sha256(text)); });
   }
+  /// The error of a task; none is a failure.
+  template <class Task>
+  s3::Error error(Task task) {
+    try {
+      (void)unwrap(bridge.block_on(task));
+    } catch (const s3::Error& e) {
+      return e;
+    }
+    return {s3::Error::Refused, -1, "no error"};
+  }
+  s3::Error error_of_list() {
+    return error([&] { return bucket.list("p/"); });
+  }
+  s3::Error error_of_get() {
+    return error([&] { return bucket.get("key"); });
+  }
+  s3::Error error_of_put() {
+    const s3::Content content(4, [] { return curl::from_memory("text"); });
+    return error([&]() -> awaitable<int> {
+      co_await bucket.put("key", content, sha256("text"));
+      co_return 0;
+    });
+  }
   long fetch(const curl::Request& request) {
     return run([&]() -> awaitable<long> {
       const curl::Client client(bridge.get_executor());
@@ -273,6 +333,7 @@ class Store {
   static curl::Options options() {
     curl::Options options;
     options.max_body = 1000;
+    options.first_delay = options.max_delay = 1ms;
     return options;
   }
 
@@ -319,9 +380,15 @@ TEST_CASE("s3: libcurl signs AWS's examples as AWS does") {
     const std::string elsewhere = "::" + server.host();
     const std::unique_ptr<curl_slist, decltype(&curl_slist_free_all)> list(
         curl_slist_append(nullptr, elsewhere.c_str()), &curl_slist_free_all);
-    request.configure = [&, sign = request.configure](CURL* easy) {
-      sign(easy);
+    // The Content-Type of our own requests is signed, and AWS's have none.
+    std::unique_ptr<curl_slist, decltype(&curl_slist_free_all)> headers(nullptr, &curl_slist_free_all);
+    for (const std::string& header : request.headers) {
+      headers.reset(curl_slist_append(headers.release(), header.c_str()));
+    }
+    request.configure = [&](CURL* easy) {
       curl::set(easy, CURLOPT_CONNECT_TO, list.get());
+      curl::set(easy, CURLOPT_HTTPHEADER, headers.get());
+      if (request.body_size != 0) curl::set(easy, CURLOPT_UPLOAD, 1L);
     };
     RuntimeBridge bridge;
     const auto task = [&]() -> awaitable<long> {
@@ -337,8 +404,9 @@ TEST_CASE("s3: libcurl signs AWS's examples as AWS does") {
 TEST_CASE("s3: requests for keys of all kinds have a valid signature") {
   FakeS3 s3;
   Store store(s3);
-  for (const std::string key : {"plain", "a/b//c/", "with space", "a+b=c&d?e#f", "~tilde-_.", "per%cent%20",
-                                "\xC3\xA4\xE2\x82\xAC", "a/../b/./c", "'(quoted)!*'", "@:$,;[]\"<>|\\^`{}"}) {
+  for (const std::string key :
+       {"plain", "a/b//c/", "with space", "a+b=c&d?e#f", "~tilde-_.", "per%cent%20", "\xC3\xA4\xE2\x82\xAC",
+        "a/../b/./c", ".", "..", "/", "//a//", "a\r\nb", "\x01\x7F", "%2F", "'(quoted)!*'", "@:$,;[]\"<>|\\^`{}"}) {
     CAPTURE(key);
     store.put(key, "content of " + key);
     CHECK(uri_decode(s3.targets.back()) == "/my bucket/" + key);
@@ -389,7 +457,7 @@ TEST_CASE("s3: list returns the keys of all pages") {
 }
 
 TEST_CASE("s3: create makes the bucket in its region, once") {
-  FakeS3 s3;
+  FakeS3 s3(false);
   Store store(s3);
   store.run([&] { return store.bucket.create(); });
   CHECK(s3.bucket_body.find("<LocationConstraint>eu-test-1</LocationConstraint>") != std::string::npos);
@@ -430,20 +498,334 @@ TEST_CASE("s3: a refusal is an error with the server's status and message") {
     store.run([&] { return store.bucket.get("missing"); });
     FAIL("no error");
   } catch (const s3::Error& e) {
+    CHECK(e.kind() == s3::Error::NoSuchObject);
+    CHECK(e.code() == "NoSuchKey");
     CHECK(e.status() == 404);
     CHECK(std::string(e.what()) == "status 404, NoSuchKey, a <message>");
   }
-}
-
-TEST_CASE("s3: XML escapes") {
-  CHECK(s3::unescape("a&amp;&lt;&gt;&quot;&apos;b") == "a&<>\"'b");
-  CHECK(s3::unescape("&#65;&#x42;&#xe4;&#x20AC;&#x1F600;") == "AB\xC3\xA4\xE2\x82\xAC\xF0\x9F\x98\x80");
-  CHECK(s3::unescape("& &; &other; &amp") == "& &; &other; &amp");
-  CHECK(s3::unescape("&amp;lt;") == "&lt;");
 }
 
 TEST_CASE("s3: the hash of a stream is that of its bytes") {
   const std::string text(200'000, 'x');
   CHECK(s3::Sha256::of("abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
   CHECK(unwrap(RuntimeBridge().block_on([&] { return s3::hash_of(curl::from_memory(text)); })) == sha256(text));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Answers that are not what was asked for
+
+namespace {
+
+std::string error_xml(const std::string& code, const std::string& further = {}) {
+  return "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>" + code + "</Code>" + further + "</Error>";
+}
+
+std::string list_xml(const std::string& inner) { return "<ListBucketResult>" + inner + "</ListBucketResult>"; }
+
+}  // namespace
+
+TEST_CASE("s3: lists in all forms of XML") {
+  const auto keys_in = [](const std::string& xml) {
+    Script script({{200, xml}});
+    Store store(script);
+    return store.run([&] { return store.bucket.list("p/"); });
+  };
+  using Keys = std::vector<std::string>;
+  CHECK(keys_in(list_xml(
+            "<Contents >\n <Size>1</Size> <Key\t>p/1</Key >\n</Contents><Contents><Key>p/2</Key></Contents>")) ==
+        Keys{"p/1", "p/2"});
+  CHECK(
+      keys_in("<?xml version='1.0'?><!-- c --><s3:ListBucketResult xmlns:s3='http://s3.amazonaws.com/doc/2006-03-01/'>"
+              "<s3:IsTruncated>false</s3:IsTruncated><s3:Contents a='b'><s3:Key>p/1</s3:Key></s3:Contents>"
+              "</s3:ListBucketResult>") == Keys{"p/1"});
+  CHECK(keys_in(list_xml("<Contents><Key>p/<![CDATA[<&>]]>&lt;<!-- c -->&#x1F600;&amp;amp;</Key></Contents>")) ==
+        Keys{"p/<&><\xF0\x9F\x98\x80&amp;"});
+  CHECK(keys_in(list_xml("<Contents><Owner/><Key>p/ </Key><StorageClass/></Contents>")) == Keys{"p/ "});
+  CHECK(
+      keys_in(list_xml("<Name/><Prefix>p/</Prefix><IsTruncated>false</IsTruncated><NextContinuationToken/>")).empty());
+  CHECK(keys_in("<ListBucketResult/>").empty());
+  CHECK(keys_in(list_xml("<EncodingType>url</EncodingType>"
+                         "<Contents><Key>p/a+b%2B%01%25%C3%A4</Key></Contents>")) == Keys{"p/a b+\x01%\xC3\xA4"});
+  CHECK(keys_in(list_xml("<Contents><Key>p/a+b%2B</Key></Contents>")) == Keys{"p/a+b%2B"});
+  // What follows the last part is not asked for.
+  CHECK(keys_in(list_xml("<IsTruncated>false</IsTruncated><NextContinuationToken>t</NextContinuationToken>")).empty());
+}
+
+TEST_CASE("s3: what is not a whole list is an error") {
+  const std::string key = "<Contents><Key>p/1</Key></Contents>";
+  const std::string more = "<IsTruncated>true</IsTruncated><NextContinuationToken>t</NextContinuationToken>";
+  for (const std::string& answer :
+       {std::string(), std::string("OK"), std::string("{\"keys\": []}"),
+        std::string("<html><body>Sign in</body></html>"), std::string("<!DOCTYPE html><html><br></html>"),
+        list_xml(key).substr(0, 60), "<ListBucketResult>" + key, std::string("<ListAllMyBucketsResult/>"),
+        list_xml("<Contents/>"), list_xml("<Contents><Key/></Contents>"),
+        list_xml("<Contents><Key>q/1</Key></Contents>"), list_xml(key + "<IsTruncated>true</IsTruncated>"),
+        list_xml(key + "<IsTruncated>perhaps</IsTruncated>"),
+        list_xml(key + "<IsTruncated>true</IsTruncated><NextContinuationToken/>"), list_xml(key + more)}) {
+    CAPTURE(answer);
+    Script script({{200, answer}});
+    Store store(script);
+    CHECK(store.error_of_list().kind() == s3::Error::BadAnswer);
+    CHECK(script.requests.size() <= 2);  // the last says that there is more, and says it again
+  }
+  Script script({{200, list_xml(key + more)},
+                 {200, list_xml(key + "<NextContinuationToken>u</NextContinuationToken>")},
+                 {200, list_xml(key + more)}});
+  Store store(script);
+  CHECK(store.error_of_list().kind() == s3::Error::BadAnswer);
+  CHECK(script.requests.size() == 3);
+}
+
+TEST_CASE("s3: an error in an answer with the status 200") {
+  Script failed({{200, error_xml("AccessDenied")}});
+  CHECK(Store(failed).error_of_list().kind() == s3::Error::Refused);
+  CHECK(Store(failed).error_of_put().kind() == s3::Error::Refused);
+  CHECK(failed.requests.size() == 2);
+  Script passing({{200, error_xml("InternalError")}, {200, {}}});
+  CHECK(std::string(Store(passing).error_of_put().what()) == "no error");
+  CHECK(passing.requests.size() == 2);
+  Script portal({{200, "<html><head/></html>"}});
+  CHECK(Store(portal).error_of_put().kind() == s3::Error::BadAnswer);
+}
+
+TEST_CASE("s3: content that is not whole is an error") {
+  Script part({{206, "te"}});
+  CHECK(Store(part).error_of_get().kind() == s3::Error::BadAnswer);
+  Script none({Script::Line{204}});
+  CHECK(Store(none).error_of_get().kind() == s3::Error::BadAnswer);
+  Script endless({{Script::raw, "HTTP/1.1 200 OK\r\n\r\ntext"}});
+  CHECK(Store(endless).error_of_get().kind() == s3::Error::BadAnswer);
+  Script cut({{Script::raw, "HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\ntext"}});
+  CHECK_THROWS_AS(Store(cut).error_of_get(), curl::Error);
+  CHECK(cut.requests.size() == 4);
+  Script cut_chunk({{Script::raw, "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\ntext"}});
+  CHECK_THROWS_AS(Store(cut_chunk).error_of_get(), curl::Error);
+  Script not_modified({Script::Line{304}});
+  CHECK(Store(not_modified).error_of_get().kind() == s3::Error::Refused);
+  Script impossible({{416, error_xml("InvalidRange")}});
+  CHECK(Store(impossible).error_of_get().kind() == s3::Error::Refused);
+  // What the object contains does not matter.
+  Script object({{200, error_xml("InternalError")}});
+  Store store(object);
+  CHECK(store.run([&] { return store.bucket.get("key"); }) == error_xml("InternalError"));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Errors
+
+TEST_CASE("s3: a missing object is not a missing bucket") {
+  Script no_key({{404, error_xml("NoSuchKey")}});
+  CHECK(Store(no_key).error_of_get().kind() == s3::Error::NoSuchObject);
+  Script no_bucket({{404, error_xml("NoSuchBucket")}});
+  CHECK(Store(no_bucket).error_of_get().kind() == s3::Error::NoSuchBucket);
+  CHECK(Store(no_bucket).error_of_list().kind() == s3::Error::NoSuchBucket);
+  CHECK(Store(no_bucket).error_of_put().kind() == s3::Error::NoSuchBucket);
+  Script no_page({{404, "<html>Not Found</html>"}});
+  CHECK(Store(no_page).error_of_get().kind() == s3::Error::Refused);
+
+  const auto exists = [](std::vector<Script::Line> lines) {
+    Script script(std::move(lines));
+    Store store(script);
+    bool found = false;
+    const s3::Error error = store.error([&]() -> awaitable<int> {
+      found = co_await store.bucket.exists("key");
+      co_return 0;
+    });
+    return std::string(error.what()) == "no error"   ? found ? "yes" : "no"
+           : error.kind() == s3::Error::NoSuchBucket ? "no bucket"
+                                                     : "error";
+  };
+  CHECK(exists({{200}}) == std::string("yes"));
+  CHECK(exists({{404}, {200}}) == std::string("no"));
+  CHECK(exists({{404}, {404}}) == std::string("no bucket"));
+  CHECK(exists({{404}, {403}}) == std::string("error"));
+  CHECK(exists({{403}}) == std::string("error"));
+}
+
+TEST_CASE("s3: removing what does not exist is no error, if the bucket does") {
+  const auto error_of_remove = [](const std::string& code) {
+    Script script({{404, error_xml(code)}});
+    Store store(script);
+    return store.error([&]() -> awaitable<int> {
+      co_await store.bucket.remove("key");
+      co_return 0;
+    });
+  };
+  CHECK(std::string(error_of_remove("NoSuchKey").what()) == "no error");
+  CHECK(error_of_remove("NoSuchBucket").kind() == s3::Error::NoSuchBucket);
+}
+
+TEST_CASE("s3: errors that may pass are retried, and then the server is unavailable") {
+  for (const Script::Line& line :
+       {Script::Line{400, error_xml("RequestTimeout")}, Script::Line{503, error_xml("SlowDown")},
+        Script::Line{500, error_xml("InternalError")}, Script::Line{429}, Script::Line{408},
+        Script::Line{400, error_xml("ThrottlingException")}, Script::Line{409, error_xml("OperationAborted")}}) {
+    CAPTURE(line.status, line.body);
+    Script once({line, {200}});
+    CHECK(std::string(Store(once).error_of_put().what()) == "no error");
+    CHECK(once.requests.size() == 2);
+    Script always({line});
+    CHECK(Store(always).error_of_get().kind() == s3::Error::Unavailable);
+    CHECK(always.requests.size() == 4);
+  }
+  for (const Script::Line& line :
+       {Script::Line{403, error_xml("AccessDenied")}, Script::Line{400, error_xml("InvalidArgument")},
+        Script::Line{501, error_xml("NotImplemented")}, Script::Line{505},
+        Script::Line{412, error_xml("PreconditionFailed")}}) {
+    CAPTURE(line.status, line.body);
+    Script script({line});
+    CHECK(Store(script).error_of_put().kind() == s3::Error::Refused);
+    CHECK(script.requests.size() == 1);
+  }
+}
+
+TEST_CASE("s3: the message names the request, for the server's support") {
+  Script script({{403, {}, "x-amz-request-id: 4442587FB7D0A2F9\r\n"}});
+  CHECK(std::string(Store(script).error_of_get().what()) == "status 403, request 4442587FB7D0A2F9");
+}
+
+TEST_CASE("s3: create does not mind another that was faster") {
+  Script script({{404}, {409, error_xml("BucketAlreadyOwnedByYou")}});
+  Store store(script);
+  store.run([&] { return store.bucket.create(); });
+  Script other({{404}, {409, error_xml("BucketAlreadyExists")}});
+  Store of_others(other);
+  CHECK(of_others
+            .error([&]() -> awaitable<int> {
+              co_await of_others.bucket.create();
+              co_return 0;
+            })
+            .kind() == s3::Error::Refused);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Other regions
+
+TEST_CASE("s3: a bucket in another region is found, and later requests go there at once") {
+  const std::string header = "x-amz-bucket-region: " + std::string(region) + "\r\n";
+  for (const Script::Line& line :
+       {Script::Line{301, error_xml("PermanentRedirect"), header}, Script::Line{301, {}, header},
+        Script::Line{400, {}, header},
+        Script::Line{400, error_xml("AuthorizationHeaderMalformed", "<Region>" + std::string(region) + "</Region>")}}) {
+    Script script({line, {200}});
+    Store store(script);
+    s3::Settings settings = store.settings;
+    settings.region = "eu-test-2";
+    const curl::Client client(store.bridge.get_executor(), Store::options());
+    s3::Bucket elsewhere(client, settings);
+    store.run([&]() -> awaitable<void> {
+      const s3::Content content(4, [] { return curl::from_memory("text"); });
+      co_await elsewhere.put("key", content, sha256("text"));
+      const bool exists = co_await elsewhere.exists("key");
+      if (!exists) throw std::runtime_error("it is not there");
+      elsewhere.close();
+    });
+    REQUIRE(script.requests.size() == 3);
+    CHECK_FALSE(script.objections[0].empty());
+    CHECK(script.objections[1].empty());
+    CHECK(script.objections[2].empty());
+  }
+}
+
+TEST_CASE("s3: the hosts of other regions") {
+  CHECK(s3::in_region("https://s3.eu-central-1.amazonaws.com/b/k", "eu-central-1", "us-west-2") ==
+        "https://s3.us-west-2.amazonaws.com/b/k");
+  CHECK(s3::in_region("https://s3.dualstack.eu-central-1.amazonaws.com", "eu-central-1", "us-west-2") ==
+        "https://s3.dualstack.us-west-2.amazonaws.com");
+  CHECK(s3::in_region("https://s3.amazonaws.com", "us-east-1", "us-west-2") == "https://s3.us-west-2.amazonaws.com");
+  CHECK(s3::in_region("http://minio:9000/a.us-east-1.amazonaws.com", "us-east-1", "us-west-2") ==
+        "http://minio:9000/a.us-east-1.amazonaws.com");
+}
+
+TEST_CASE("s3: a redirect to another place is followed, and signed anew") {
+  Script script({{307, error_xml("TemporaryRedirect"), "Location: /elsewhere/my%20bucket/k%2Bey\r\n"}, {200}});
+  Store store(script);
+  CHECK(std::string(store.error_of_put().what()) == "no error");
+  CHECK(script.requests == std::vector<std::string>{"PUT /my%20bucket/key", "PUT /elsewhere/my%20bucket/k%2Bey"});
+  CHECK(script.objections == std::vector<std::string>{"", ""});
+  CHECK(script.headers["content-length"] == "4");
+}
+
+TEST_CASE("s3: a redirect that cannot be followed is an error that says where to") {
+  const std::string here = "x-amz-bucket-region: " + std::string(region) + "\r\n";
+  Script same({{301, error_xml("PermanentRedirect"), here}});
+  CHECK(std::string(Store(same).error_of_get().what()) ==
+        "status 301, PermanentRedirect, the bucket's region is eu-test-1");
+  CHECK(same.requests.size() == 1);
+  Script circle({{307, {}, "Location: /my%20bucket/key\r\n"}});
+  const s3::Error error = Store(circle).error_of_get();
+  CHECK(error.kind() == s3::Error::Refused);
+  CHECK(std::string(error.what()) == "status 307, to /my%20bucket/key");
+  CHECK(circle.requests.size() == 6);
+  Script file({{307, {}, "Location: file:///etc/hostname\r\n"}});
+  CHECK(Store(file).error_of_get().status() == 307);
+  Script strange({{301, {}, "x-amz-bucket-region: a:b/c\r\n"}});
+  CHECK(Store(strange).error_of_get().status() == 301);
+  CHECK(strange.requests.size() == 1);
+}
+
+TEST_CASE("s3: a wrong clock is corrected") {
+  const std::string skewed = error_xml("RequestTimeTooSkewed");
+  Script script({{403, skewed, "Date: Fri, 24 May 2030 00:00:00 GMT\r\n"}, {200}});
+  Store store(script);
+  CHECK(std::string(store.error_of_put().what()) == "no error");
+  CHECK(script.headers["x-amz-date"].starts_with("20300524T0000"));
+  CHECK(std::string(store.error_of_put().what()) == "no error");
+  CHECK(script.headers["x-amz-date"].starts_with("20300524T0000"));
+  CHECK(script.objections == std::vector<std::string>{"", "", ""});
+  Script no_date({{403, skewed}});
+  CHECK(Store(no_date).error_of_put().kind() == s3::Error::Refused);
+  CHECK(no_date.requests.size() == 1);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Settings and keys
+
+TEST_CASE("s3: endpoints") {
+  const auto url = [](const std::string& endpoint) {
+    return s3::request({endpoint, region, "b", id, secret}, "GET", "k/%").url;
+  };
+  CHECK(url("https://host") == "https://host/b/k/%25");
+  CHECK(url("http://host:9000/") == "http://host:9000/b/k/%25");
+  CHECK(url("http://[::1]:9000//") == "http://[::1]:9000/b/k/%25");
+  CHECK(url("http://host/a%20path/") == "http://host/a%20path/b/k/%25");
+  for (const char* wrong : {"", "host", "host:9000", "ftp://host", "http://", "https:///", "http://user@host",
+                            "http://host?a=b", "http://host/#a", "http://host /"}) {
+    CAPTURE(wrong);
+    CHECK_THROWS_AS(url(wrong), s3::Error);
+  }
+
+  FakeS3 s3;
+  Store store(s3);
+  s3::Settings settings = store.settings;
+  settings.endpoint += '/';
+  CHECK(store.fetch(s3::request(settings, "HEAD", "")) == 200);
+  settings.region.clear();
+  Store nowhere(s3);
+  const curl::Client client(store.bridge.get_executor());
+  s3::Bucket bucket(client, settings);
+  CHECK(store.error([&] { return bucket.list(""); }).kind() == s3::Error::Refused);
+}
+
+TEST_CASE("s3: an empty key is refused, and is not a request for the bucket") {
+  FakeS3 s3;
+  Store store(s3);
+  for (const std::string& key : {std::string(), std::string("a\0b", 3)}) {
+    const s3::Content content(0, [] { return curl::from_memory(""); });
+    CHECK(store.error([&] { return store.bucket.get(key); }).status() == 0);
+    CHECK(store.error([&] { return store.bucket.exists(key); }).status() == 0);
+    CHECK(store
+              .error([&]() -> awaitable<int> {
+                co_await store.bucket.remove(key);
+                co_return 0;
+              })
+              .status() == 0);
+    CHECK(store
+              .error([&]() -> awaitable<int> {
+                co_await store.bucket.put(key, content, sha256(""));
+                co_return 0;
+              })
+              .status() == 0);
+  }
+  CHECK(s3.targets.empty());
 }

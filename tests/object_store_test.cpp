@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The errors of examples/s3_object_store.cpp: what its callers learn about what went wrong.
+
+#include <atomic>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+#include "http_server.hpp"
+#include "support.hpp"
+
+// The tests have an Outcome of their own.
+#define Outcome BackendOutcome
+#define main main_of_the_example
+#include "s3_object_store.cpp"
+#undef main
+#undef Outcome
+
+namespace {
+
+/// A server with one answer for all requests, and a store that uses it.
+struct Shop {
+  explicit Shop(int status = 200, const std::string& body = {}, const std::string& token = {})
+      : server([status, body](Exchange& exchange) -> awaitable<bool> {
+          co_await exchange.body();
+          co_await exchange.answer(status, body);
+          co_return true;
+        }),
+        store(s3::Settings(server.url(""), "us-east-1", "bucket", "id", "secret", token)) {}
+
+  HttpServer server;
+  S3ObjectStore store;
+};
+
+std::string error_body(const std::string& code) { return "<Error><Code>" + code + "</Code></Error>"; }
+
+constexpr int no_error = -1;
+
+template <class T>
+int kind_of(const BackendOutcome<T>& outcome) {
+  return outcome ? no_error : static_cast<int>(outcome.error().kind);
+}
+
+}  // namespace
+
+TEST_CASE("object store: what the server says is told apart") {
+  CHECK(kind_of(Shop(404, error_body("NoSuchKey")).store.get("a")) == BackendError::NotFound);
+  CHECK(kind_of(Shop(404, error_body("NoSuchBucket")).store.get("a")) == BackendError::Refused);
+  CHECK(kind_of(Shop(403, error_body("AccessDenied")).store.put("a")) == BackendError::Refused);
+  CHECK(kind_of(Shop(501).store.put("a")) == BackendError::Refused);
+  CHECK(kind_of(Shop(200, "<html><body>Sign in</body></html>").store.list()) == BackendError::BadAnswer);
+  CHECK(kind_of(Shop(200, "<html><body>Sign in</body></html>").store.put("a")) == BackendError::BadAnswer);
+  CHECK(kind_of(Shop(200, "another").store.get(s3::Sha256::of("content"))) == BackendError::Corrupt);
+  CHECK(kind_of(Shop(200, "content").store.get(s3::Sha256::of("content"))) == no_error);
+  CHECK(kind_of(Shop(200).store.has("a")) == no_error);
+}
+
+TEST_CASE("object store: a server that cannot answer now, or at all, is unavailable") {
+  Shop busy(503, error_body("SlowDown"));
+  const auto late = busy.store.put("a");
+  CHECK(kind_of(late) == BackendError::Unavailable);
+  CHECK(late.error().message == "status 503, SlowDown");
+  CHECK(busy.server.requests == 4);
+  S3ObjectStore nowhere(s3::Settings("http://127.0.0.1:1", "us-east-1", "bucket", "id", "secret"));
+  CHECK(kind_of(nowhere.list()) == BackendError::Unavailable);
+}
+
+TEST_CASE("object store: what cannot be sent is refused") {
+  Shop injected(200, {}, "token\r\nx-other: header");
+  CHECK(kind_of(injected.store.put("a")) == BackendError::Refused);
+  CHECK(kind_of(injected.store.remove("a")) == BackendError::Refused);
+  CHECK(injected.server.requests == 0);
+  S3ObjectStore no_scheme(s3::Settings("localhost", "us-east-1", "bucket", "id", "secret"));
+  CHECK(kind_of(no_scheme.put("a")) == BackendError::Refused);
+}
+
+TEST_CASE("object store: an exception of the caller's own code reaches the caller") {
+  Shop shop(200, "content");
+  const auto full = [](std::string_view) -> awaitable<void> {
+    throw std::runtime_error("no space left on device");
+    co_return;
+  };
+  const auto written = shop.store.get("a", [&] { return full; });
+  CHECK(kind_of(written) == BackendError::Failed);
+  CHECK(written.error().message.find("no space left on device") != std::string::npos);
+
+  const auto unreadable = [](std::span<char>) -> awaitable<std::size_t> {
+    throw std::runtime_error("input/output error");
+    co_return 0;
+  };
+  const auto read = shop.store.put(s3::Content(3, [&] { return unreadable; }));
+  CHECK(kind_of(read) == BackendError::Failed);
+  CHECK(read.error().message.find("input/output error") != std::string::npos);
+
+  const auto cannot_open = shop.store.get("a", []() -> curl::Sink { throw std::runtime_error("permission denied"); });
+  CHECK(kind_of(cannot_open) == BackendError::Failed);
+  CHECK(cannot_open.error().message.find("permission denied") != std::string::npos);
+}
+
+TEST_CASE("object store: a deadline, also while the server asks for patience") {
+  HttpServer server([](Exchange& exchange) -> awaitable<bool> {
+    co_await exchange.answer(503, {}, "Retry-After: 3600\r\n");
+    co_return true;
+  });
+  const S3ObjectStore store(s3::Settings(server.url(""), "us-east-1", "bucket", "id", "secret"));
+  CHECK(kind_of(store.with_timeout(100ms).list()) == BackendError::TimedOut);
+  CHECK(server.requests == 1);
+}
+
+TEST_CASE("object store: a call that a task of the same store makes would wait for itself") {
+  Shop shop(200, "content");
+  int nested = no_error;
+  const auto call_again = [&](std::string_view) -> awaitable<void> {
+    nested = kind_of(shop.store.has("b"));
+    co_return;
+  };
+  CHECK(kind_of(shop.store.get(s3::Sha256::of("content"), [&] { return call_again; })) == no_error);
+  CHECK(nested == BackendError::WrongThread);
+}
+
+TEST_CASE("object store: after a shut-down") {
+  runtime_bridge::RuntimeBridge bridge;
+  bridge.shutdown(runtime_bridge::Shutdown::drain);
+  const auto task = []() -> awaitable<BackendOutcome<int>> { co_return 1; };
+  CHECK(kind_of(flatten(bridge.block_on(task))) == BackendError::Stopped);
+}
+
+TEST_CASE("object store: in a forked child every call is an error, and the parent goes on", "[child]") {
+  Shop shop(200, "content");
+  const std::string address = s3::Sha256::of("content");
+  CHECK(kind_of(shop.store.get(address)) == no_error);
+  CHECK(in_child_process([&] {
+          S3ObjectStore copy = shop.store;
+          return kind_of(copy.get(address)) == BackendError::Stopped ? 0 : 1;
+        }) == 0);
+  CHECK(kind_of(shop.store.get(address)) == no_error);
+  CHECK(shop.server.connections == 1);
+}
