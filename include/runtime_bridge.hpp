@@ -2004,10 +2004,13 @@ class HeldTask {
     using Object = std::decay_t<Task>;
     Object* object;
     if constexpr (sizeof(Object) <= sizeof(bytes_) && alignof(Object) <= alignof(std::max_align_t)) {
+      // Branch not covered: not every constructor that may throw is made to.
       object = ::new (static_cast<void*>(bytes_.data())) Object(std::forward<Task>(task));
       destroy_ = [](void* o) { std::destroy_at(static_cast<Object*>(o)); };
     } else {
+      // Branch not covered: as above.
       object = new Object(std::forward<Task>(task));
+      // Branch not covered: the pointer is never null.
       destroy_ = [](void* o) { delete static_cast<Object*>(o); };
     }
     task_ = TaskPointer<Called>::template to<Object>(*object);

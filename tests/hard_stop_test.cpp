@@ -444,6 +444,51 @@ TEST_CASE("hard stop: destroyed tasks give their tokens back to a channel") {
   }
 }
 
+namespace {
+
+/// Ends when `go_on` is called, on any thread. Cancelling it only calls a function, on the worker.
+class Stubborn {
+ public:
+  awaitable<void> wait(std::function<void()> on_cancel) {
+    const auto initiate = [this, on_cancel](auto handler) {
+      const auto call = [on_cancel](asio::cancellation_type) { on_cancel(); };
+      asio::get_associated_cancellation_slot(handler).assign(call);
+      go_on = [h = std::make_shared<decltype(handler)>(std::move(handler))] {
+        asio::post(asio::get_associated_executor(*h), std::move(*h));
+      };
+    };
+    return asio::async_initiate<decltype(use_awaitable), void()>(initiate, use_awaitable);
+  }
+
+  std::function<void()> go_on;
+};
+
+}  // namespace
+
+TEST_CASE("hard stop: nothing is cancelled after operations were destroyed") {
+  std::optional<RuntimeBridge> bridge(std::in_place);
+  std::atomic<bool> destroyed{false};
+  int early = 0, late = 0;
+  Stubborn stubborn;
+  const auto count = [&] { ++(destroyed ? late : early); };
+  auto waits = bridge->submit([&]() -> awaitable<void> {
+    auto operation = stubborn.wait(count);
+    co_await std::move(operation);
+  });
+  auto parked = bridge->submit([&]() -> awaitable<void> {
+    const std::shared_ptr<void> at_end(nullptr, [&](void*) { destroyed = true; });
+    co_await park_stubbornly();
+  });
+  await_calls(*bridge, 2);
+  std::jthread stops([&] { bridge.reset(); });
+  await_state([&] { return destroyed.load(); });
+  stubborn.go_on();
+  stops.join();
+  CHECK(outcome(waits.join()) == response_lost);
+  CHECK(early > 0);
+  CHECK(late == 0);
+}
+
 // A task may retry after the cancellation of a hard stop, which is not remembered. A deadline is: it soon ends a loop
 // over a thousand keys that logs each failure.
 TEST_CASE("hard stop: cancellation by a deadline, unlike that of a hard stop, is remembered") {
