@@ -3,8 +3,6 @@
 // A synchronous store of named references over asynchronous PostgreSQL.
 
 #include <libpq-fe.h>
-#include <pthread.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <array>
@@ -21,7 +19,6 @@
 #include <optional>
 #include <random>
 #include <stdexcept>
-#include <stop_token>
 #include <string>
 #include <thread>
 #include <utility>
@@ -134,28 +131,6 @@ void concurrent_callers(const PgClient& client) {
   check(elapsed < callers * 250 / 2, "the calls did not run concurrently");
 }
 
-#ifdef SCHED_IDLE
-/// Keeps all processors awake, with threads that give way to any other.
-class SpinningThreads {
- public:
-  SpinningThreads() {
-    for (unsigned i = 0; i < std::thread::hardware_concurrency(); ++i) {
-      threads_.emplace_back([](const std::stop_token& stop) {
-        const sched_param none{};
-        pthread_setschedparam(pthread_self(), SCHED_IDLE, &none);
-        while (!stop.stop_requested()) {
-        }
-      });
-    }
-  }
-
- private:
-  std::vector<std::jthread> threads_;
-};
-#else
-class SpinningThreads {};
-#endif
-
 // Each round measures all ways, one after the other, so that other load on the machine affects all. A processor that
 // sleeps takes 20 to 50 us to wake up, and the bridge wakes twice as many threads as libpq.
 void benchmark(const PgClient& client, const std::string& conninfo, int callers) {
@@ -190,15 +165,10 @@ void benchmark(const PgClient& client, const std::string& conninfo, int callers)
   for (int round = 0; round < 11; ++round) {
     measure(quiet.plain, through_libpq);
     measure(quiet.bridged, through_bridge);
-    [[maybe_unused]] const SpinningThreads spinning;
+    const SpinningThreads spinning;
     measure(awake.plain, through_libpq);
     measure(awake.bridged, through_bridge);
   }
-  const auto median = [](Samples& samples) {
-    const auto middle = samples.begin() + static_cast<std::ptrdiff_t>(samples.size() / 2);
-    std::ranges::nth_element(samples, middle);
-    return *middle;
-  };
   const auto print = [&](const char* processors, auto& samples) {
     const double one = median(samples.plain), other = median(samples.bridged);
     std::cout << callers << (callers == 1 ? " caller" : " callers") << ", " << processors << ": PQexecParams " << one

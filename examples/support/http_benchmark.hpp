@@ -9,10 +9,8 @@
 #include <runtime_bridge.hpp>
 
 #include <curl/curl.h>
-#include <sched.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <iomanip>
@@ -33,32 +31,6 @@
 namespace http_benchmark {
 
 constexpr std::size_t size = 4096;
-
-/// Keeps all processors awake with threads that run only where nothing else does. A processor that sleeps takes 20 to
-/// 50 us to wake, at each end of a request, which says more about the machine than about a client.
-class Awake {
- public:
-  Awake() {
-    for (unsigned i = 0; i < std::max(1U, std::thread::hardware_concurrency()); ++i) {
-      threads_.emplace_back([this] {
-        const sched_param none{};
-        if (sched_setscheduler(0, SCHED_IDLE, &none) != 0) return;
-        while (!over_.load(std::memory_order_relaxed)) {
-        }
-      });
-    }
-  }
-  Awake(const Awake&) = delete;
-  Awake& operator=(const Awake&) = delete;
-  ~Awake() {
-    over_ = true;
-    for (std::thread& thread : threads_) thread.join();
-  }
-
- private:
-  std::atomic<bool> over_ = false;
-  std::vector<std::thread> threads_;
-};
 
 /// One thread's client.
 class Blocking {
@@ -140,7 +112,7 @@ inline void run(const std::string& endpoint) {
   bridged(true);  // creates the object
   for (int round = 0; round < rounds; ++round) {
     for (const bool awake : {false, true}) {
-      const std::unique_ptr<Awake> keep = awake ? std::make_unique<Awake>() : nullptr;
+      const auto keep = awake ? std::make_unique<SpinningThreads>() : nullptr;
       for (const bool put : {false, true}) {
         for (const int callers : {1, 8}) {
           for (const bool blocking : {round % 2 == 0, round % 2 != 0}) {
@@ -155,10 +127,6 @@ inline void run(const std::string& endpoint) {
             << "               processors may sleep          processors kept awake\n"
             << "               bridge  blocking  ratio       bridge  blocking  ratio\n"
             << std::fixed;
-  const auto median = [](std::vector<double> values) {
-    std::ranges::sort(values);
-    return values[values.size() / 2];
-  };
   for (const bool put : {false, true}) {
     for (const int callers : {1, 8}) {
       std::cout << (put ? "PUT" : "GET") << ", " << callers << (callers == 1 ? " caller " : " callers");

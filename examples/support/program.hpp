@@ -1,18 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Shared by the example programs: options, checks and threads.
+// Shared by the example programs: options, checks, threads and measuring.
 
 #ifndef RUNTIME_BRIDGE_EXAMPLES_PROGRAM_HPP
 #define RUNTIME_BRIDGE_EXAMPLES_PROGRAM_HPP
 
+#include <pthread.h>
+#include <sched.h>
+
 #include <CLI/CLI.hpp>
+#include <algorithm>
 #include <cstddef>
 #include <exception>
 #include <future>
 #include <iostream>
 #include <latch>
 #include <stdexcept>
+#include <stop_token>
 #include <string>
+#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -69,6 +75,33 @@ auto from_threads(int count, Function function) {
     for (auto& thread : threads) values.push_back(thread.get());
     return values;
   }
+}
+
+/// Keeps all processors awake, with threads that give way to any other. A processor that sleeps takes 20 to 50 us to
+/// wake up, which says more about the machine than about a client.
+class SpinningThreads {
+ public:
+  SpinningThreads() {
+    for (unsigned i = 0; i < std::thread::hardware_concurrency(); ++i) {
+      threads_.emplace_back([]([[maybe_unused]] const std::stop_token& stop) {
+#ifdef SCHED_IDLE
+        const sched_param none{};
+        if (pthread_setschedparam(pthread_self(), SCHED_IDLE, &none) != 0) return;
+        while (!stop.stop_requested()) {
+        }
+#endif
+      });
+    }
+  }
+
+ private:
+  std::vector<std::jthread> threads_;
+};
+
+inline double median(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::ranges::nth_element(values, middle);
+  return *middle;
 }
 
 /// The body of main(). The function adds its options to the app, and calls its `parse`. Prints an error on one line,
