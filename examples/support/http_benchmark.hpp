@@ -107,7 +107,7 @@ inline void run(const std::string& endpoint) {
     return std::chrono::duration<double, std::micro>(end - start).count() / (calls * callers);
   };
 
-  constexpr int rounds = 15;
+  constexpr int rounds = 9;
   std::map<std::tuple<bool, int, bool, bool>, std::vector<double>> times;
   bridged(true);  // creates the object
   for (int round = 0; round < rounds; ++round) {

@@ -18,7 +18,7 @@ string(SUBSTRING "${readme}" ${position} -1 readme)
 string(REGEX REPLACE "^\n[^\n]*\n([^`]*)```.*" "\\1" shown "${readme}")
 
 foreach(text shown output)
-  string(REGEX REPLACE "[0-9]+([.][0-9]+)?" "N" ${text}_words "${${text}}")
+  string(REGEX REPLACE " *[0-9]+([.][0-9]+)?" " N" ${text}_words "${${text}}")  # tables align numbers by spaces
 endforeach()
 if(NOT shown_words STREQUAL output_words)
   message(FATAL_ERROR "README.md shows:\n${shown}\nThe command prints:\n${output}")
