@@ -2,8 +2,15 @@
 //
 // runtime_bridge: call asynchronous Asio code from synchronous code.
 // One header, C++20, standalone Asio >= 1.22.1. Documentation: README.md and the comments below.
+//
+// Define RUNTIME_BRIDGE_USE_BOOST_ASIO in front of it to use Boost.Asio (Boost >= 1.81) instead. A program may use
+// both, but not in the same source file.
 
-#ifndef RUNTIME_BRIDGE_HPP
+#ifdef RUNTIME_BRIDGE_HPP
+#if defined(RUNTIME_BRIDGE_USE_BOOST_ASIO) != defined(RUNTIME_BRIDGE_IS_FOR_BOOST)
+#error "runtime_bridge was included for the other Asio before: use one of the two in each source file"
+#endif
+#else
 #define RUNTIME_BRIDGE_HPP
 
 #define RUNTIME_BRIDGE_VERSION_MAJOR 0
@@ -12,7 +19,7 @@
 
 // Contents. Each part knows only those above it.
 //
-//    0  What it is built on: Asio, expected, the platform. The only part with #if
+//    0  What it is built on: Asio or Boost.Asio, expected, the platform. The only part with #if
 //    1  Errors and results: BridgeError, Result, unwrap
 //    2  Options
 //    3  Task traits: what a Task is, and what is wrong with what is none
@@ -61,16 +68,55 @@
 // was included. Two units that differ in that would free each other's memory in the wrong way.
 #include <version>
 
+#ifdef RUNTIME_BRIDGE_USE_BOOST_ASIO
+#define RUNTIME_BRIDGE_IS_FOR_BOOST
+#include <boost/asio/detail/config.hpp>
+#include <boost/asio/version.hpp>
+#if BOOST_ASIO_VERSION < 102600
+#error "runtime_bridge needs Boost 1.81 or newer"
+#elif !defined(BOOST_ASIO_HAS_CO_AWAIT)
+#error "Boost.Asio sees no coroutines: compile as C++20, with g++ >= 11 or clang >= 14"
+#else
+#define RUNTIME_BRIDGE_HAS_ASIO
+#include <boost/asio/any_io_executor.hpp>
+#include <boost/asio/awaitable.hpp>
+#include <boost/asio/bind_allocator.hpp>
+#include <boost/asio/bind_cancellation_slot.hpp>
+#include <boost/asio/bind_executor.hpp>
+#include <boost/asio/cancellation_signal.hpp>
+#include <boost/asio/cancellation_type.hpp>
+#include <boost/asio/co_spawn.hpp>
+#include <boost/asio/execution_context.hpp>
+#include <boost/asio/executor_work_guard.hpp>
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/post.hpp>
+#include <boost/asio/this_coro.hpp>
+#include <boost/asio/use_awaitable.hpp>
+#include <boost/system/system_error.hpp>
+
+#include <boost/asio/detail/null_mutex.hpp>
+#include <boost/asio/detail/reactor.hpp>
+#include <boost/asio/detail/signal_set_service.hpp>
+#include <boost/asio/experimental/detail/channel_service.hpp>
+#ifdef BOOST_ASIO_HAS_IO_URING
+#include <boost/asio/detail/io_uring_service.hpp>
+#define RUNTIME_BRIDGE_HAS_IO_URING
+#endif
+#ifdef BOOST_ASIO_HAS_IO_URING_AS_DEFAULT
+#define RUNTIME_BRIDGE_USES_IO_URING
+#endif
+#endif
+
+#else  // standalone Asio
 #include <asio/version.hpp>
 #if ASIO_VERSION < 102201
 #error "runtime_bridge needs standalone Asio 1.22.1 or newer"
 #else
-
 #include <asio/detail/config.hpp>
 #ifndef ASIO_HAS_CO_AWAIT
 #error "Asio sees no coroutines: with clang and Asio < 1.24 add -DASIO_HAS_CO_AWAIT=1 -DASIO_HAS_STD_COROUTINE=1"
 #else
-
+#define RUNTIME_BRIDGE_HAS_ASIO
 #include <asio/any_io_executor.hpp>
 #include <asio/awaitable.hpp>
 #include <asio/bind_allocator.hpp>
@@ -94,8 +140,16 @@
 #include <asio/experimental/detail/channel_service.hpp>
 #ifdef ASIO_HAS_IO_URING
 #include <asio/detail/io_uring_service.hpp>
+#define RUNTIME_BRIDGE_HAS_IO_URING
+#endif
+#ifdef ASIO_HAS_IO_URING_AS_DEFAULT
+#define RUNTIME_BRIDGE_USES_IO_URING
+#endif
+#endif
+#endif
 #endif
 
+#ifdef RUNTIME_BRIDGE_HAS_ASIO
 #include <pthread.h>
 
 #include <algorithm>
@@ -126,15 +180,23 @@
 #include <utility>
 #include <variant>
 
-// The library's own `expected` is part of the public types, so it is part of the namespace's name: two
-// translation units that choose differently make two types, not a violation of the one definition rule.
+// The flavour: which Asio, and which `expected`. What depends on it lies in a namespace of its own, so that one program
+// may use several. The rest is shared: all flavours have the same `BridgeError`, and one graph of who waits for whom.
+#if defined(RUNTIME_BRIDGE_IS_FOR_BOOST) && defined(__cpp_lib_expected)
+#define RUNTIME_BRIDGE_FLAVOUR on_boost_with_std_expected
+#elif defined(RUNTIME_BRIDGE_IS_FOR_BOOST)
+#define RUNTIME_BRIDGE_FLAVOUR on_boost_with_tl_expected
+#elif defined(__cpp_lib_expected)
+#define RUNTIME_BRIDGE_FLAVOUR on_asio_with_std_expected
+#else
+#define RUNTIME_BRIDGE_FLAVOUR on_asio_with_tl_expected
+#endif
+
 #ifdef __cpp_lib_expected
 #include <expected>
-#define RUNTIME_BRIDGE_ABI v0_1_std_expected
 #define RUNTIME_BRIDGE_EXPECTED std
 #else
 #include <tl/expected.hpp>
-#define RUNTIME_BRIDGE_ABI v0_1_tl_expected
 #define RUNTIME_BRIDGE_EXPECTED tl
 #endif
 
@@ -169,25 +231,26 @@
 /// *Modules.* A bridge may be passed between the program and its plugins, whatever the visibility of their symbols. Do
 /// not unload a plugin before the bridges that it has called are destroyed: the worker runs its code.
 namespace runtime_bridge {
-inline namespace RUNTIME_BRIDGE_ABI {
+inline namespace v0_1 {
 namespace detail {
 
+inline namespace RUNTIME_BRIDGE_FLAVOUR {
+
+#ifdef RUNTIME_BRIDGE_IS_FOR_BOOST
+namespace net = boost::asio;
+using AsioError = boost::system::system_error;  // what Asio throws
+#else
 namespace net = asio;
+using AsioError = std::system_error;
+#endif
 
 template <class T, class E>
 using Expected = RUNTIME_BRIDGE_EXPECTED::expected<T, E>;
 using InPlace = RUNTIME_BRIDGE_EXPECTED::in_place_t;
 using RUNTIME_BRIDGE_EXPECTED::unexpected;
 
-using StopToken = std::stop_token;
-template <class Callback>
-using StopCallback = std::stop_callback<Callback>;
-
-/// What Asio throws.
-using AsioError = std::system_error;
-
 /// The service that opens the descriptors that all I/O of a context goes through.
-#ifdef ASIO_HAS_IO_URING_AS_DEFAULT
+#ifdef RUNTIME_BRIDGE_USES_IO_URING
 using Reactor = net::detail::io_uring_service;
 #else
 using Reactor = net::detail::reactor;
@@ -196,13 +259,19 @@ using Reactor = net::detail::reactor;
 /// The services that asynchronous operations wait in.
 template <class... Service>
 struct Services {};
-#ifdef ASIO_HAS_IO_URING
+#ifdef RUNTIME_BRIDGE_HAS_IO_URING
 using ParkingServices = Services<net::detail::signal_set_service, net::detail::io_uring_service, net::detail::reactor>;
 #else
 using ParkingServices = Services<net::detail::signal_set_service, net::detail::reactor>;
 #endif
 using ChannelServices = Services<net::experimental::detail::channel_service<net::detail::null_mutex>,
                                  net::experimental::detail::channel_service<net::detail::mutex>>;
+
+}  // namespace RUNTIME_BRIDGE_FLAVOUR
+
+using StopToken = std::stop_token;
+template <class Callback>
+using StopCallback = std::stop_callback<Callback>;
 
 /// Names this thread for debuggers and process lists, where the system has names for threads.
 inline void name_thread([[maybe_unused]] const std::string& name) noexcept {
@@ -327,10 +396,6 @@ inline std::shared_ptr<const char> static_text(const char* literal) noexcept {
   return {std::shared_ptr<void>(), literal};
 }
 
-inline unexpected<BridgeError> failure(BridgeError::Kind kind, const char* why) {
-  return unexpected<BridgeError>({kind, nullptr, static_text(why)});
-}
-
 }  // namespace detail
 
 inline std::error_code make_error_code(BridgeError::Kind kind) noexcept { return {kind, detail::error_category}; }
@@ -377,10 +442,6 @@ inline std::string BridgeError::sentence() const {
   }
 }
 
-/// The outcome of a call: `std::expected` if the standard library has it, else `tl::expected`.
-template <class T>
-using Result = detail::Expected<T, BridgeError>;
-
 namespace detail {
 
 [[noreturn]] inline void throw_error(const BridgeError& error) {
@@ -389,6 +450,12 @@ namespace detail {
 }
 
 }  // namespace detail
+
+inline namespace RUNTIME_BRIDGE_FLAVOUR {
+
+/// The outcome of a call: `std::expected` if the standard library has it, else `tl::expected`.
+template <class T>
+using Result = detail::Expected<T, BridgeError>;
 
 /// The value of a call, for callers that want exceptions.
 ///
@@ -414,6 +481,18 @@ template <class T>
   requires(!std::is_void_v<T> && !std::copy_constructible<T>)
 T unwrap(const Result<T>& result) = delete;  // The value can only be moved: write unwrap(std::move(result)).
 // clang-format on
+
+}  // namespace RUNTIME_BRIDGE_FLAVOUR
+
+namespace detail {
+inline namespace RUNTIME_BRIDGE_FLAVOUR {
+
+inline unexpected<BridgeError> failure(BridgeError::Kind kind, const char* why) {
+  return unexpected<BridgeError>({kind, nullptr, static_text(why)});
+}
+
+}  // namespace RUNTIME_BRIDGE_FLAVOUR
+}  // namespace detail
 
 // =====================================================================================================================
 // 2. Options
@@ -449,6 +528,7 @@ struct Options {
 // 3. Task traits. What is no Task gives one sentence, and no other error.
 
 namespace detail {
+inline namespace RUNTIME_BRIDGE_FLAVOUR {
 
 template <class T>
 struct AwaitableTraits : std::false_type {
@@ -569,6 +649,8 @@ struct TaskTraits<Task, Refusal::none> {
 /// The type of a Task's value; void for what is no Task.
 template <class Task>
 using TaskValue = typename TaskTraits<Task>::Value;
+
+}  // namespace RUNTIME_BRIDGE_FLAVOUR
 
 // =====================================================================================================================
 // 4. Time
@@ -761,6 +843,8 @@ class Gate {
 // =====================================================================================================================
 // 8. Context
 
+inline namespace RUNTIME_BRIDGE_FLAVOUR {
+
 /// The `io_context` and its loop, with what the worker needs and Asio keeps to itself. No exception leaves the loop:
 /// what escapes a raw handler goes to the hook. Apart from `post`, all of it is for the worker.
 class Context : public net::io_context {
@@ -882,6 +966,8 @@ class Context : public net::io_context {
   const Hook& on_stray_exception_;
   std::optional<net::executor_work_guard<executor_type>> work_{get_executor()};
 };
+
+}  // namespace RUNTIME_BRIDGE_FLAVOUR
 
 // =====================================================================================================================
 // 9. Wait graph
@@ -1165,6 +1251,8 @@ class SpinPolicy {
 
 // =====================================================================================================================
 // 11. Call reference
+
+inline namespace RUNTIME_BRIDGE_FLAVOUR {
 
 class Call;
 
@@ -2151,10 +2239,13 @@ template <class Called, class Task, class Clock, class Duration>
   return call.result();
 }
 
+}  // namespace RUNTIME_BRIDGE_FLAVOUR
 }  // namespace detail
 
 // =====================================================================================================================
 // 16. RuntimeBridge and JoinHandle
+
+inline namespace RUNTIME_BRIDGE_FLAVOUR {
 
 template <class T>
 class JoinHandle;
@@ -2450,7 +2541,8 @@ JoinHandle<detail::TaskValue<Task>> RuntimeBridge::submit(Task&& task) const {
   }
 }
 
-}  // namespace RUNTIME_BRIDGE_ABI
+}  // namespace RUNTIME_BRIDGE_FLAVOUR
+}  // namespace v0_1
 }  // namespace runtime_bridge
 
 template <>
@@ -2458,7 +2550,6 @@ struct std::is_error_code_enum<runtime_bridge::BridgeError::Kind> : std::true_ty
 
 #pragma GCC visibility pop
 
-#endif  // Asio's coroutines
-#endif  // Asio's version
+#endif  // Asio
 #endif  // C++20, POSIX, exceptions
 #endif  // RUNTIME_BRIDGE_HPP
