@@ -1142,6 +1142,8 @@ class Backoff {
   std::atomic<unsigned> skips_{0};
 };
 
+inline namespace RUNTIME_BRIDGE_FLAVOUR {
+
 /// Busy-waits of callers and of the worker, since waking a thread that sleeps takes far longer than a short call.
 class SpinPolicy {
  public:
@@ -1251,8 +1253,6 @@ class SpinPolicy {
 
 // =====================================================================================================================
 // 11. Call reference
-
-inline namespace RUNTIME_BRIDGE_FLAVOUR {
 
 class Call;
 
