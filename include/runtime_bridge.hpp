@@ -172,7 +172,6 @@
 #include <optional>
 #include <ostream>
 #include <stdexcept>
-#include <stop_token>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -190,6 +189,13 @@
 #define RUNTIME_BRIDGE_FLAVOUR on_asio_with_std_expected
 #else
 #define RUNTIME_BRIDGE_FLAVOUR on_asio_with_tl_expected
+#endif
+
+#ifdef __cpp_lib_jthread
+#include <stop_token>
+#endif
+#ifdef __FreeBSD__
+#include <pthread_np.h>
 #endif
 
 #ifdef __cpp_lib_expected
@@ -269,9 +275,22 @@ using ChannelServices = Services<net::experimental::detail::channel_service<net:
 
 }  // namespace RUNTIME_BRIDGE_FLAVOUR
 
+#ifdef __cpp_lib_jthread
 using StopToken = std::stop_token;
 template <class Callback>
 using StopCallback = std::stop_callback<Callback>;
+#else
+/// Never stops. For standard libraries without `std::stop_token`, such as libc++ without -fexperimental-library.
+class StopToken {
+ public:
+  static bool stop_requested() noexcept { return false; }
+};
+template <class Callback>
+class StopCallback {
+ public:
+  StopCallback(const StopToken&, const Callback&) noexcept {}
+};
+#endif
 
 /// Names this thread for debuggers and process lists, where the system has names for threads.
 inline void name_thread([[maybe_unused]] const std::string& name) noexcept {
@@ -2354,12 +2373,13 @@ class RuntimeBridge {
   ///
   /// Any thread may request a stop, the task itself included. Cancellation is Asio's: the operation that the task waits
   /// for ends with `operation_aborted`, and so does every later `co_await`. A task that ignores that is waited for. If
-  /// the stop was requested before the call, the task is not started.
+  /// the stop was requested before the call, the task is not started. `stop` is a `std::stop_token`. If the standard
+  /// library has none (libc++ without -fexperimental-library), calls end by themselves, by a deadline or by `shutdown`.
   ///
   /// Not for coroutines, which can `co_await`; not for work that only computes, since it holds up all other calls; not
   /// for a task that waits for something that only the blocked caller could do.
   template <class Task>
-  [[nodiscard]] Result<detail::TaskValue<Task>> block_on(Task&& task, std::stop_token stop = {}) const {
+  [[nodiscard]] Result<detail::TaskValue<Task>> block_on(Task&& task, detail::StopToken stop = {}) const {
     return block_on_until(std::forward<Task>(task), (detail::SteadyTime::max)(), std::move(stop));
   }
 
@@ -2367,7 +2387,7 @@ class RuntimeBridge {
   /// is zero or less, the task is not started.
   template <class Task, class Rep, class Period>
   [[nodiscard]] Result<detail::TaskValue<Task>> block_on_for(Task&& task, std::chrono::duration<Rep, Period> timeout,
-                                                             std::stop_token stop = {}) const {
+                                                             detail::StopToken stop = {}) const {
     return block_on_until(std::forward<Task>(task), detail::time_after(timeout), std::move(stop));
   }
 
@@ -2377,7 +2397,7 @@ class RuntimeBridge {
   template <class Task, class Clock, class Duration>
   [[nodiscard]] Result<detail::TaskValue<Task>> block_on_until(Task&& task,
                                                                std::chrono::time_point<Clock, Duration> deadline,
-                                                               std::stop_token stop = {}) const {
+                                                               detail::StopToken stop = {}) const {
     detail::assert_task<Task>();
     if constexpr (!detail::is_task<Task>) {
       return detail::failure(BridgeError::WorkerDead, "not a Task");
