@@ -294,10 +294,19 @@ class StopCallback {
 
 /// Names this thread for debuggers and process lists, where the system has names for threads.
 inline void name_thread([[maybe_unused]] const std::string& name) noexcept {
-#ifdef __linux__
-  std::array<char, 16> text{};  // with the final zero, as many as Linux takes
+  // With the final zero, as many as the system takes.
+#if defined(__linux__)
+  std::array<char, 16> text{};
   name.copy(text.data(), text.size() - 1);
   pthread_setname_np(pthread_self(), text.data());
+#elif defined(__APPLE__)
+  std::array<char, 64> text{};
+  name.copy(text.data(), text.size() - 1);
+  pthread_setname_np(text.data());
+#elif defined(__FreeBSD__)
+  std::array<char, 20> text{};
+  name.copy(text.data(), text.size() - 1);
+  pthread_set_name_np(pthread_self(), text.data());
 #endif
 }
 
