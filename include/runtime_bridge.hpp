@@ -60,7 +60,9 @@
 #error "runtime_bridge needs POSIX threads (it watches for fork); Windows is not supported"
 #elif !defined(__cpp_exceptions)
 #error "runtime_bridge needs exceptions, and so does Asio: compile without -fno-exceptions"
-#elif !defined(__cpp_rtti) && !defined(ASIO_NO_TYPEID)
+#elif !defined(__cpp_rtti) && defined(RUNTIME_BRIDGE_USE_BOOST_ASIO) && !defined(BOOST_ASIO_NO_TYPEID)
+#error "Boost.Asio needs -DBOOST_ASIO_NO_TYPEID beside -fno-rtti, in every file of the program"
+#elif !defined(__cpp_rtti) && !defined(RUNTIME_BRIDGE_USE_BOOST_ASIO) && !defined(ASIO_NO_TYPEID)
 #error "Asio needs -DASIO_NO_TYPEID beside -fno-rtti, in every file of the program"
 #else
 
@@ -647,8 +649,8 @@ constexpr void assert_task() {
   static_assert(refusal != Refusal::not_moved,
                 "runtime_bridge: an awaitable runs once, so give it up: block_on(std::move(task))");
   static_assert(refusal != Refusal::other_asio,
-                "runtime_bridge: this awaitable is another library's, such as boost::asio::awaitable: give an "
-                "asio::awaitable, of standalone Asio");
+                "runtime_bridge: this awaitable is another library's: give an asio::awaitable, of standalone Asio, or "
+                "a boost::asio::awaitable if RUNTIME_BRIDGE_USE_BOOST_ASIO is defined");
   static_assert(refusal != Refusal::no_task,
                 "runtime_bridge: not a Task: give an asio::awaitable, a callable without parameters, or an Asio "
                 "operation that waits for its token, such as timer.async_wait(asio::deferred)");
