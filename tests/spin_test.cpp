@@ -6,8 +6,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <asio/post.hpp>
-#include <asio/this_coro.hpp>
 #include <atomic>
 #include <future>
 #include <optional>
@@ -42,7 +40,7 @@ class Caller {
  public:
   explicit Caller(const RuntimeBridge& bridge) {
     std::promise<Watch> begun;
-    thread_ = std::jthread([&](const std::stop_token& stop) {
+    thread_ = jthread([&](const stop_token& stop) {
       const Watch self;
       yields_ = &::yields;
       (void)bridge.block_on(
@@ -61,7 +59,7 @@ class Caller {
  private:
   std::atomic<int>* yields_ = nullptr;
   Watch watch_;
-  std::jthread thread_;
+  jthread thread_;
 };
 
 // A spinning thread uses this much CPU time sooner or later. A sleeping one does not.
@@ -160,9 +158,9 @@ void pin(pthread_t thread, unsigned processor) {
 
 TEST_CASE("spin: callers stop yielding if other threads keep every core busy", "[timing]") {
   if (one_core) return;
-  std::vector<std::jthread> busy;
+  std::vector<jthread> busy;
   for (unsigned i = 0; i < std::thread::hardware_concurrency(); ++i) {
-    busy.emplace_back([](const std::stop_token& stop) {
+    busy.emplace_back([](const stop_token& stop) {
       while (!stop.stop_requested()) {
       }
     });
