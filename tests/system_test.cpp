@@ -151,7 +151,7 @@ TEST_CASE("system: no descriptor is left while a bridge is used", "[child]") {
             for (int i = 0; i < 20; ++i) {
               const auto failed = bridge.block_on(open);
               if (outcome(failed) != BridgeError::ResponseLost) return 1;
-              if (code_of(failed.error().cause()).value() != EMFILE) return 2;
+              if (code_of<AsioError>(failed.error().cause()).value() != EMFILE) return 2;
               if (!none_starts(std::errc::too_many_files_open)) return 3;
               if (bridge.block_on([] { return take(5); }) != 5) return 4;
               if (outcome(bridge.block_on_for(park, 1ms)) != BridgeError::TimedOut) return 5;

@@ -189,9 +189,8 @@ elseif(CASE MATCHES "^two_flavours")
   if(CASE STREQUAL "two_flavours_separately")
     list(APPEND units ${here}/separate_compilation.cpp ${here}/two_flavours/separate_compilation.cpp)
     list(APPEND includes -DRUNTIME_BRIDGE_SEPARATE_COMPILATION)
-  endif()
-  if(COMPILER_ID STREQUAL "GNU")
-    list(APPEND includes -flto=1 -Wodr)  # warns of a class that differs between the two files
+  elseif(COMPILER_ID STREQUAL "GNU")
+    list(APPEND includes -flto -flto-partition=one -Wodr)  # warns of a class that differs between the two files
   endif()
   compile("${units}" ${includes} -pthread)
 
