@@ -11,12 +11,14 @@
 #include <system_error>
 
 #ifdef RUNTIME_BRIDGE_USE_BOOST_ASIO
+// NOLINTNEXTLINE(bugprone-macro-parentheses)
 #define ASIO(header) <boost/asio/header>
 #define ASIO_VERSION BOOST_ASIO_VERSION
 #ifdef BOOST_ASIO_HAS_STD_ALIGNED_ALLOC
 #define ASIO_HAS_STD_ALIGNED_ALLOC
 #endif
 #else
+// NOLINTNEXTLINE(bugprone-macro-parentheses)
 #define ASIO(header) <asio/header>
 #endif
 
