@@ -83,7 +83,6 @@
 #include <boost/asio/any_io_executor.hpp>
 #include <boost/asio/awaitable.hpp>
 #include <boost/asio/bind_allocator.hpp>
-#include <boost/asio/bind_cancellation_slot.hpp>
 #include <boost/asio/bind_executor.hpp>
 #include <boost/asio/cancellation_signal.hpp>
 #include <boost/asio/cancellation_type.hpp>
@@ -122,7 +121,6 @@
 #include <asio/any_io_executor.hpp>
 #include <asio/awaitable.hpp>
 #include <asio/bind_allocator.hpp>
-#include <asio/bind_cancellation_slot.hpp>
 #include <asio/bind_executor.hpp>
 #include <asio/cancellation_signal.hpp>
 #include <asio/cancellation_type.hpp>
@@ -1380,6 +1378,12 @@ class CancelSignals {
     }
 
     CancelSignal& signal() const noexcept { return *signal_; }
+
+    // Not `bind_cancellation_slot`: with that, Asio 1.26 posts what is emitted outside of the loop, and uses the task's
+    // memory then, even if the task was destroyed before.
+    using cancellation_slot_type = net::cancellation_slot;
+    cancellation_slot_type get_cancellation_slot() const noexcept { return signal_->signal.slot(); }
+
     void operator()(const std::exception_ptr&) const noexcept {}
 
    private:
@@ -2076,8 +2080,7 @@ void spawn(CallRef ref, CoroutineTask<Ex>& task) noexcept {
   try {
     CancelSignals::Lease lease(worker.signals());
     CancelSignal& signal = lease.signal();
-    net::co_spawn(worker.get_executor(), drive(std::move(ref), task, signal),
-                  net::bind_cancellation_slot(signal.signal.slot(), std::move(lease)));
+    net::co_spawn(worker.get_executor(), drive(std::move(ref), task, signal), std::move(lease));
   } catch (...) {
     // No memory for the coroutine. The reference was destroyed on the way, and the call knows that it was starting.
   }
