@@ -471,7 +471,7 @@ TEST_CASE("allocation: a call without memory throws std::bad_alloc, and a task w
 }
 
 TEST_CASE("allocation: cancelling allocates nothing") {
-  sweep(13, [](Scene& scene) {
+  sweep(11, [](Scene& scene) {
     std::optional<RuntimeBridge> bridge;
     if (!scene.attempt([&] { bridge.emplace(options()); })) return;
     const auto& b = *bridge;

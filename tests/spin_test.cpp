@@ -38,19 +38,24 @@ RuntimeBridge spinning_for(std::chrono::microseconds limit) { return RuntimeBrid
 /// A thread that waits for a task, which the destructor ends.
 class Caller {
  public:
-  explicit Caller(const RuntimeBridge& bridge) {
+  explicit Caller(const RuntimeBridge& bridge) : timer_(bridge.get_executor(), 24h) {
     std::promise<Watch> begun;
-    thread_ = jthread([&](const stop_token& stop) {
+    thread_ = std::thread([&] {
       const Watch self;
       yields_ = &::yields;
-      (void)bridge.block_on(
-          [&] {
-            begun.set_value(self);
-            return park();
-          },
-          stop);
+      const auto task = [&]() -> awaitable<void> {
+        begun.set_value(self);
+        co_await timer_.async_wait(use_awaitable);
+      };
+      (void)bridge.block_on(task);
     });
     watch_ = begun.get_future().get();
+  }
+  Caller(const Caller&) = delete;
+  Caller& operator=(const Caller&) = delete;
+  ~Caller() {
+    asio::post(timer_.get_executor(), [this] { timer_.cancel(); });
+    thread_.join();
   }
 
   const Watch& watch() const { return watch_; }
@@ -59,7 +64,8 @@ class Caller {
  private:
   std::atomic<int>* yields_ = nullptr;
   Watch watch_;
-  jthread thread_;
+  asio::steady_timer timer_;
+  std::thread thread_;
 };
 
 // A spinning thread uses this much CPU time sooner or later. A sleeping one does not.

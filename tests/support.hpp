@@ -123,6 +123,7 @@ class jthread {
     }
   }
   bool joinable() const { return thread_.joinable(); }
+  auto native_handle() { return thread_.native_handle(); }
   void join() { thread_.join(); }
 
  private:
