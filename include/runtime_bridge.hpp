@@ -925,20 +925,30 @@ class Context : public net::io_context {
     return survive([&] { return poll_one(); });
   }
 
+  /// Runs a function as a handler, after those that are ready. Returns how many have run. Cancellations are emitted in
+  /// such a function: Asio 1.26 posts what is emitted outside of the loop, and uses a task's memory after its end.
+  template <class Function>
+  int run_in_turn(Function function) noexcept {
+    HandlerMemory memory;
+    bool passed = false;
+    post(memory, [&] {
+      passed = true;
+      function();
+    });
+    int handlers = 0;
+    do {  // the queue is served in order
+      run_ready_handler();
+      ++handlers;
+    } while (!passed);
+    return handlers;
+  }
+
   /// Runs handlers until none is ready. A coroutine that never waits always has one, so this gives up after some time.
   void run_ready_handlers() noexcept {
     const SteadyTime end = std::chrono::steady_clock::now() + std::chrono::milliseconds(5);
     int handlers = 0;
     for (int rounds = 0; handlers != 1 && (rounds < 4 || std::chrono::steady_clock::now() < end); ++rounds) {
-      // The queue is served in order: once this handler has run, so has each that was queued before it.
-      HandlerMemory memory;
-      bool passed = false;
-      post(memory, [&] { passed = true; });
-      handlers = 0;
-      do {
-        run_ready_handler();
-        ++handlers;
-      } while (!passed);
+      handlers = run_in_turn([] {});
     }
   }
 
@@ -1864,13 +1874,13 @@ RUNTIME_BRIDGE_INLINE std::size_t Worker::end_calls() noexcept {
   const auto every_task = [](Call&) { return true; };
   // More than once, since what was ready may wait only now, and a task may try again.
   for (int round = 0; round < 3 && gate_.in_flight() != 0; ++round) {
-    signals_.emit_to_all(Emission::abort, every_task);
+    context_.run_in_turn([&] { signals_.emit_to_all(Emission::abort, every_task); });
     context_.run_ready_handlers();
   }
   if (gate_.in_flight() == 0) return 0;
 
   // What waits on this context is destroyed now. What comes back from elsewhere ends at its next co_await.
-  signals_.emit_to_all(Emission::mark, every_task);
+  context_.run_in_turn([&] { signals_.emit_to_all(Emission::mark, every_task); });
   const std::size_t before = signals_.destroyed();
   context_.destroy_parked();
   context_.run_ready_handlers();
