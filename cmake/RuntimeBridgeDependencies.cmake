@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# Finds Asio and tl::expected, both for the build and for the installed package. Defines the targets
-# runtime_bridge::asio and runtime_bridge::expected, or sets RUNTIME_BRIDGE_MISSING to a message that says what is
-# missing and how to get it.
+# Finds what the library is built on, both for the build and for the installed package.
 
 # The project that includes this file may require an older CMake.
 cmake_policy(VERSION 3.21)
 
-# runtime_bridge_find(<name> TITLE <what it is> TARGETS <target>... PACKAGE <its CMake package> HEADER <path>
-#                     APT <package> REPOSITORY <url> TAG <tag> [MINIMUM <ASIO_VERSION>] [UNLESS <macro of <version>>])
+# runtime_bridge_find(<name> TITLE <what it is> TARGETS <target>... PACKAGE <its CMake package> [<version>]
+#                     HEADER <path> APT <package> [REPOSITORY <url> TAG <tag>] [MINIMUM <macro of HEADER> <value>]
+#                     [UNLESS <macro of <version>>])
 #
-# Uses the first that exists of: a target of the project; RUNTIME_BRIDGE_<NAME>_INCLUDE_DIR; the dependency's CMake
-# package; the system's headers; the repository, if RUNTIME_BRIDGE_FETCH_DEPENDENCIES is on. If it is not installed and
-# the compiler defines the macro UNLESS, the dependency is not needed, and nothing is downloaded.
+# Defines the target runtime_bridge::<name>_headers. Uses the first that exists of: a target of the project;
+# RUNTIME_BRIDGE_<NAME>_INCLUDE_DIR; the dependency's CMake package; the system's headers; the repository, if there is
+# one and RUNTIME_BRIDGE_FETCH_DEPENDENCIES is on. If it is not installed and the compiler defines the macro UNLESS, the
+# dependency is not needed, and nothing is downloaded.
 function(runtime_bridge_find name)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "" "TITLE;PACKAGE;HEADER;APT;REPOSITORY;TAG;MINIMUM;UNLESS" "TARGETS")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "TITLE;HEADER;APT;REPOSITORY;TAG;UNLESS" "TARGETS;PACKAGE;MINIMUM")
   string(TOUPPER "RUNTIME_BRIDGE_${name}_INCLUDE_DIR" dir)
 
-  if(TARGET runtime_bridge::${name})
+  if(TARGET runtime_bridge::${name}_headers)
     return()
   endif()
   foreach(place IN ITEMS project package)
@@ -26,8 +26,8 @@ function(runtime_bridge_find name)
     endif()
     foreach(target IN LISTS arg_TARGETS)
       if(TARGET ${target})
-        add_library(runtime_bridge::${name} INTERFACE IMPORTED)
-        target_link_libraries(runtime_bridge::${name} INTERFACE ${target})
+        add_library(runtime_bridge::${name}_headers INTERFACE IMPORTED)
+        target_link_libraries(runtime_bridge::${name}_headers INTERFACE ${target})
         return()
       endif()
     endforeach()
@@ -41,10 +41,11 @@ function(runtime_bridge_find name)
   elseif(NOT EXISTS "${found}/${arg_HEADER}")
     set(problem "${dir} is ${found}, which has no ${arg_HEADER}")
   elseif(arg_MINIMUM)
-    file(STRINGS "${found}/${arg_HEADER}" version REGEX "define ASIO_VERSION ")
-    string(REGEX REPLACE ".*define ASIO_VERSION ([0-9]+).*" "\\1" version "0${version}")
+    list(POP_FRONT arg_MINIMUM macro)
+    file(STRINGS "${found}/${arg_HEADER}" version REGEX "define ${macro} ")
+    string(REGEX REPLACE ".*define ${macro} ([0-9]+).*" "\\1" version "0${version}")
     if(version LESS arg_MINIMUM)
-      set(problem "the one in ${found} is too old (ASIO_VERSION ${version}, ${arg_MINIMUM} is needed)")
+      set(problem "the one in ${found} is too old (${macro} ${version}, ${arg_MINIMUM} is needed)")
     endif()
   endif()
 
@@ -54,30 +55,31 @@ function(runtime_bridge_find name)
     check_cxx_source_compiles("#include <version>\n#ifndef ${arg_UNLESS}\n#error\n#endif\nint main() {}"
       RUNTIME_BRIDGE_HAS_${arg_UNLESS}_${CMAKE_CXX_STANDARD})
     if(RUNTIME_BRIDGE_HAS_${arg_UNLESS}_${CMAKE_CXX_STANDARD})
-      add_library(runtime_bridge::${name} INTERFACE IMPORTED)
+      add_library(runtime_bridge::${name}_headers INTERFACE IMPORTED)
       return()
     endif()
   endif()
 
-  if(problem AND RUNTIME_BRIDGE_FETCH_DEPENDENCIES)
+  list(GET arg_PACKAGE 0 package)
+  if(problem AND arg_REPOSITORY AND RUNTIME_BRIDGE_FETCH_DEPENDENCIES)
     include(FetchContent)
     # Only the headers are needed. A SOURCE_SUBDIR without CMakeLists.txt keeps the dependency from being built.
-    FetchContent_Declare(${arg_PACKAGE}
+    FetchContent_Declare(${package}
       GIT_REPOSITORY ${arg_REPOSITORY} GIT_TAG ${arg_TAG} GIT_SHALLOW TRUE SOURCE_SUBDIR include)
-    FetchContent_MakeAvailable(${arg_PACKAGE})
-    find_path(fetched NAMES ${arg_HEADER} PATHS "${${arg_PACKAGE}_SOURCE_DIR}" PATH_SUFFIXES asio/include include
+    FetchContent_MakeAvailable(${package})
+    find_path(fetched NAMES ${arg_HEADER} PATHS "${${package}_SOURCE_DIR}" PATH_SUFFIXES asio/include include
       NO_DEFAULT_PATH NO_CMAKE_FIND_ROOT_PATH NO_CACHE)
     if(fetched)
       set(found "${fetched}")
       set(problem "")
     else()
-      set(problem "what was fetched to ${${arg_PACKAGE}_SOURCE_DIR} has no ${arg_HEADER}")
+      set(problem "what was fetched to ${${package}_SOURCE_DIR} has no ${arg_HEADER}")
     endif()
   endif()
 
   if(NOT problem)
-    add_library(runtime_bridge::${name} INTERFACE IMPORTED)
-    target_include_directories(runtime_bridge::${name} INTERFACE "${found}")
+    add_library(runtime_bridge::${name}_headers INTERFACE IMPORTED)
+    target_include_directories(runtime_bridge::${name}_headers INTERFACE "${found}")
     return()
   endif()
   list(GET arg_TARGETS 0 target)
@@ -85,8 +87,11 @@ function(runtime_bridge_find name)
     "runtime_bridge needs ${arg_TITLE}, and ${problem}. Any of these helps:\n"
     "  apt install ${arg_APT}\n"
     "  a target ${target} that the project makes before it adds or finds runtime_bridge\n"
-    "  -D${dir}=<the folder that has ${arg_HEADER}>\n"
-    "  -DRUNTIME_BRIDGE_FETCH_DEPENDENCIES=ON, which downloads ${arg_TAG} of ${arg_REPOSITORY}\n")
+    "  -D${dir}=<the folder that has ${arg_HEADER}>\n")
+  if(arg_REPOSITORY)
+    string(APPEND RUNTIME_BRIDGE_MISSING
+      "  -DRUNTIME_BRIDGE_FETCH_DEPENDENCIES=ON, which downloads ${arg_TAG} of ${arg_REPOSITORY}\n")
+  endif()
   if(arg_UNLESS)
     string(APPEND RUNTIME_BRIDGE_MISSING
       "  -DCMAKE_CXX_STANDARD=23, if the compiler then has ${arg_UNLESS} (g++ 12 has)\n")
@@ -94,29 +99,52 @@ function(runtime_bridge_find name)
   set(RUNTIME_BRIDGE_MISSING "${RUNTIME_BRIDGE_MISSING}" PARENT_SCOPE)
 endfunction()
 
-set(RUNTIME_BRIDGE_MISSING "")
+# runtime_bridge_find_dependencies(<component>...)
+#
+# Finds what these components need: asio (the target runtime_bridge::runtime_bridge) and boost (runtime_bridge::boost).
+# Sets RUNTIME_BRIDGE_MISSING to a message that says what is missing and how to get it, or to nothing.
+function(runtime_bridge_find_dependencies)
+  set(RUNTIME_BRIDGE_MISSING "")
 
-find_package(Threads QUIET)
-if(NOT Threads_FOUND)
-  string(APPEND RUNTIME_BRIDGE_MISSING "runtime_bridge needs POSIX threads, and CMake's FindThreads found none.\n")
-endif()
+  find_package(Threads QUIET)
+  if(NOT Threads_FOUND)
+    string(APPEND RUNTIME_BRIDGE_MISSING "runtime_bridge needs POSIX threads, and CMake's FindThreads found none.\n")
+  endif()
 
-runtime_bridge_find(asio
-  TITLE "standalone Asio 1.22.1 or newer"
-  TARGETS asio::asio asio
-  PACKAGE asio
-  HEADER asio/version.hpp
-  MINIMUM 102201
-  APT libasio-dev
-  REPOSITORY https://github.com/chriskohlhoff/asio.git
-  TAG asio-1-30-2)
+  foreach(component IN LISTS ARGV)
+    if(component STREQUAL "asio")
+      runtime_bridge_find(asio
+        TITLE "standalone Asio 1.22.1 or newer"
+        TARGETS asio::asio asio
+        PACKAGE asio
+        HEADER asio/version.hpp
+        MINIMUM ASIO_VERSION 102201
+        APT libasio-dev
+        REPOSITORY https://github.com/chriskohlhoff/asio.git
+        TAG asio-1-30-2)
+    elseif(component STREQUAL "boost")
+      runtime_bridge_find(boost
+        TITLE "Boost 1.81 or newer"
+        TARGETS Boost::headers Boost::boost
+        PACKAGE Boost 1.81
+        HEADER boost/version.hpp
+        MINIMUM BOOST_VERSION 108100
+        APT "libboost-dev (libboost1.81-dev on Debian 12)")
+    else()
+      string(APPEND RUNTIME_BRIDGE_MISSING
+        "runtime_bridge has no component \"${component}\". Its components are: asio, boost\n")
+    endif()
+  endforeach()
 
-runtime_bridge_find(expected
-  TITLE "tl::expected, as there is no std::expected"
-  TARGETS tl::expected tl-expected
-  PACKAGE tl-expected
-  HEADER tl/expected.hpp
-  UNLESS __cpp_lib_expected
-  APT libexpected-dev
-  REPOSITORY https://github.com/TartanLlama/expected.git
-  TAG v1.1.0)
+  runtime_bridge_find(expected
+    TITLE "tl::expected, as there is no std::expected"
+    TARGETS tl::expected tl-expected
+    PACKAGE tl-expected
+    HEADER tl/expected.hpp
+    UNLESS __cpp_lib_expected
+    APT libexpected-dev
+    REPOSITORY https://github.com/TartanLlama/expected.git
+    TAG v1.1.0)
+
+  set(RUNTIME_BRIDGE_MISSING "${RUNTIME_BRIDGE_MISSING}" PARENT_SCOPE)
+endfunction()

@@ -2,8 +2,15 @@
 //
 // runtime_bridge: call asynchronous Asio code from synchronous code.
 // One header, C++20, standalone Asio >= 1.22.1. Documentation: README.md and the comments below.
+//
+// Define RUNTIME_BRIDGE_USE_BOOST_ASIO in front of it to use Boost.Asio (Boost >= 1.81) instead. A program may use
+// both, but not in the same source file.
 
-#ifndef RUNTIME_BRIDGE_HPP
+#ifdef RUNTIME_BRIDGE_HPP
+#if defined(RUNTIME_BRIDGE_USE_BOOST_ASIO) != defined(RUNTIME_BRIDGE_IS_FOR_BOOST)
+#error "runtime_bridge was included for the other Asio before: use one of the two in each source file"
+#endif
+#else
 #define RUNTIME_BRIDGE_HPP
 
 #define RUNTIME_BRIDGE_VERSION_MAJOR 0
@@ -12,7 +19,7 @@
 
 // Contents. Each part knows only those above it.
 //
-//    0  What it is built on: Asio, expected, the platform. The only part with #if
+//    0  What it is built on: Asio or Boost.Asio, expected, the platform. The only part with #if
 //    1  Errors and results: BridgeError, Result, unwrap
 //    2  Options
 //    3  Task traits: what a Task is, and what is wrong with what is none
@@ -53,7 +60,9 @@
 #error "runtime_bridge needs POSIX threads (it watches for fork); Windows is not supported"
 #elif !defined(__cpp_exceptions)
 #error "runtime_bridge needs exceptions, and so does Asio: compile without -fno-exceptions"
-#elif !defined(__cpp_rtti) && !defined(ASIO_NO_TYPEID)
+#elif !defined(__cpp_rtti) && defined(RUNTIME_BRIDGE_USE_BOOST_ASIO) && !defined(BOOST_ASIO_NO_TYPEID)
+#error "Boost.Asio needs -DBOOST_ASIO_NO_TYPEID beside -fno-rtti, in every file of the program"
+#elif !defined(__cpp_rtti) && !defined(RUNTIME_BRIDGE_USE_BOOST_ASIO) && !defined(ASIO_NO_TYPEID)
 #error "Asio needs -DASIO_NO_TYPEID beside -fno-rtti, in every file of the program"
 #else
 
@@ -61,20 +70,57 @@
 // was included. Two units that differ in that would free each other's memory in the wrong way.
 #include <version>
 
+#ifdef RUNTIME_BRIDGE_USE_BOOST_ASIO
+#define RUNTIME_BRIDGE_IS_FOR_BOOST
+#include <boost/asio/detail/config.hpp>
+#include <boost/asio/version.hpp>
+#if BOOST_ASIO_VERSION < 102600
+#error "runtime_bridge needs Boost 1.81 or newer"
+#elif !defined(BOOST_ASIO_HAS_CO_AWAIT)
+#error "Boost.Asio sees no coroutines: compile as C++20, with g++ >= 11 or clang >= 14"
+#else
+#define RUNTIME_BRIDGE_HAS_ASIO
+#include <boost/asio/any_io_executor.hpp>
+#include <boost/asio/awaitable.hpp>
+#include <boost/asio/bind_allocator.hpp>
+#include <boost/asio/bind_executor.hpp>
+#include <boost/asio/cancellation_signal.hpp>
+#include <boost/asio/cancellation_type.hpp>
+#include <boost/asio/co_spawn.hpp>
+#include <boost/asio/execution_context.hpp>
+#include <boost/asio/executor_work_guard.hpp>
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/post.hpp>
+#include <boost/asio/this_coro.hpp>
+#include <boost/asio/use_awaitable.hpp>
+#include <boost/system/system_error.hpp>
+
+#include <boost/asio/detail/null_mutex.hpp>
+#include <boost/asio/detail/reactor.hpp>
+#include <boost/asio/detail/signal_set_service.hpp>
+#include <boost/asio/experimental/detail/channel_service.hpp>
+#ifdef BOOST_ASIO_HAS_IO_URING
+#include <boost/asio/detail/io_uring_service.hpp>
+#define RUNTIME_BRIDGE_HAS_IO_URING
+#endif
+#ifdef BOOST_ASIO_HAS_IO_URING_AS_DEFAULT
+#define RUNTIME_BRIDGE_USES_IO_URING
+#endif
+#endif
+
+#else  // standalone Asio
 #include <asio/version.hpp>
 #if ASIO_VERSION < 102201
 #error "runtime_bridge needs standalone Asio 1.22.1 or newer"
 #else
-
 #include <asio/detail/config.hpp>
 #ifndef ASIO_HAS_CO_AWAIT
 #error "Asio sees no coroutines: with clang and Asio < 1.24 add -DASIO_HAS_CO_AWAIT=1 -DASIO_HAS_STD_COROUTINE=1"
 #else
-
+#define RUNTIME_BRIDGE_HAS_ASIO
 #include <asio/any_io_executor.hpp>
 #include <asio/awaitable.hpp>
 #include <asio/bind_allocator.hpp>
-#include <asio/bind_cancellation_slot.hpp>
 #include <asio/bind_executor.hpp>
 #include <asio/cancellation_signal.hpp>
 #include <asio/cancellation_type.hpp>
@@ -94,8 +140,16 @@
 #include <asio/experimental/detail/channel_service.hpp>
 #ifdef ASIO_HAS_IO_URING
 #include <asio/detail/io_uring_service.hpp>
+#define RUNTIME_BRIDGE_HAS_IO_URING
+#endif
+#ifdef ASIO_HAS_IO_URING_AS_DEFAULT
+#define RUNTIME_BRIDGE_USES_IO_URING
+#endif
+#endif
+#endif
 #endif
 
+#ifdef RUNTIME_BRIDGE_HAS_ASIO
 #include <pthread.h>
 
 #include <algorithm>
@@ -118,7 +172,6 @@
 #include <optional>
 #include <ostream>
 #include <stdexcept>
-#include <stop_token>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -126,15 +179,30 @@
 #include <utility>
 #include <variant>
 
-// The library's own `expected` is part of the public types, so it is part of the namespace's name: two
-// translation units that choose differently make two types, not a violation of the one definition rule.
+// The flavour: which Asio, and which `expected`. What depends on it lies in a namespace of its own, so that one program
+// may use several. The rest is shared: all flavours have the same `BridgeError`, and one graph of who waits for whom.
+#if defined(RUNTIME_BRIDGE_IS_FOR_BOOST) && defined(__cpp_lib_expected)
+#define RUNTIME_BRIDGE_FLAVOUR on_boost_with_std_expected
+#elif defined(RUNTIME_BRIDGE_IS_FOR_BOOST)
+#define RUNTIME_BRIDGE_FLAVOUR on_boost_with_tl_expected
+#elif defined(__cpp_lib_expected)
+#define RUNTIME_BRIDGE_FLAVOUR on_asio_with_std_expected
+#else
+#define RUNTIME_BRIDGE_FLAVOUR on_asio_with_tl_expected
+#endif
+
+#ifdef __cpp_lib_jthread
+#include <stop_token>
+#endif
+#ifdef __FreeBSD__
+#include <pthread_np.h>
+#endif
+
 #ifdef __cpp_lib_expected
 #include <expected>
-#define RUNTIME_BRIDGE_ABI v0_1_std_expected
 #define RUNTIME_BRIDGE_EXPECTED std
 #else
 #include <tl/expected.hpp>
-#define RUNTIME_BRIDGE_ABI v0_1_tl_expected
 #define RUNTIME_BRIDGE_EXPECTED tl
 #endif
 
@@ -169,25 +237,26 @@
 /// *Modules.* A bridge may be passed between the program and its plugins, whatever the visibility of their symbols. Do
 /// not unload a plugin before the bridges that it has called are destroyed: the worker runs its code.
 namespace runtime_bridge {
-inline namespace RUNTIME_BRIDGE_ABI {
+inline namespace v0_1 {
 namespace detail {
 
+inline namespace RUNTIME_BRIDGE_FLAVOUR {
+
+#ifdef RUNTIME_BRIDGE_IS_FOR_BOOST
+namespace net = boost::asio;
+using AsioError = boost::system::system_error;  // what Asio throws
+#else
 namespace net = asio;
+using AsioError = std::system_error;
+#endif
 
 template <class T, class E>
 using Expected = RUNTIME_BRIDGE_EXPECTED::expected<T, E>;
 using InPlace = RUNTIME_BRIDGE_EXPECTED::in_place_t;
 using RUNTIME_BRIDGE_EXPECTED::unexpected;
 
-using StopToken = std::stop_token;
-template <class Callback>
-using StopCallback = std::stop_callback<Callback>;
-
-/// What Asio throws.
-using AsioError = std::system_error;
-
 /// The service that opens the descriptors that all I/O of a context goes through.
-#ifdef ASIO_HAS_IO_URING_AS_DEFAULT
+#ifdef RUNTIME_BRIDGE_USES_IO_URING
 using Reactor = net::detail::io_uring_service;
 #else
 using Reactor = net::detail::reactor;
@@ -196,7 +265,7 @@ using Reactor = net::detail::reactor;
 /// The services that asynchronous operations wait in.
 template <class... Service>
 struct Services {};
-#ifdef ASIO_HAS_IO_URING
+#ifdef RUNTIME_BRIDGE_HAS_IO_URING
 using ParkingServices = Services<net::detail::signal_set_service, net::detail::io_uring_service, net::detail::reactor>;
 #else
 using ParkingServices = Services<net::detail::signal_set_service, net::detail::reactor>;
@@ -204,12 +273,40 @@ using ParkingServices = Services<net::detail::signal_set_service, net::detail::r
 using ChannelServices = Services<net::experimental::detail::channel_service<net::detail::null_mutex>,
                                  net::experimental::detail::channel_service<net::detail::mutex>>;
 
+}  // namespace RUNTIME_BRIDGE_FLAVOUR
+
+#ifdef __cpp_lib_jthread
+using StopToken = std::stop_token;
+template <class Callback>
+using StopCallback = std::stop_callback<Callback>;
+#else
+/// Never stops. For standard libraries without `std::stop_token`, such as libc++ without -fexperimental-library.
+class StopToken {
+ public:
+  static bool stop_requested() noexcept { return false; }
+};
+template <class Callback>
+class StopCallback {
+ public:
+  StopCallback(const StopToken&, const Callback&) noexcept {}
+};
+#endif
+
 /// Names this thread for debuggers and process lists, where the system has names for threads.
 inline void name_thread([[maybe_unused]] const std::string& name) noexcept {
-#ifdef __linux__
-  std::array<char, 16> text{};  // with the final zero, as many as Linux takes
+  // With the final zero, as many as the system takes.
+#if defined(__linux__)
+  std::array<char, 16> text{};
   name.copy(text.data(), text.size() - 1);
   pthread_setname_np(pthread_self(), text.data());
+#elif defined(__APPLE__)
+  std::array<char, 64> text{};
+  name.copy(text.data(), text.size() - 1);
+  pthread_setname_np(text.data());
+#elif defined(__FreeBSD__)
+  std::array<char, 20> text{};
+  name.copy(text.data(), text.size() - 1);
+  pthread_set_name_np(pthread_self(), text.data());
 #endif
 }
 
@@ -327,10 +424,6 @@ inline std::shared_ptr<const char> static_text(const char* literal) noexcept {
   return {std::shared_ptr<void>(), literal};
 }
 
-inline unexpected<BridgeError> failure(BridgeError::Kind kind, const char* why) {
-  return unexpected<BridgeError>({kind, nullptr, static_text(why)});
-}
-
 }  // namespace detail
 
 inline std::error_code make_error_code(BridgeError::Kind kind) noexcept { return {kind, detail::error_category}; }
@@ -377,10 +470,6 @@ inline std::string BridgeError::sentence() const {
   }
 }
 
-/// The outcome of a call: `std::expected` if the standard library has it, else `tl::expected`.
-template <class T>
-using Result = detail::Expected<T, BridgeError>;
-
 namespace detail {
 
 [[noreturn]] inline void throw_error(const BridgeError& error) {
@@ -389,6 +478,12 @@ namespace detail {
 }
 
 }  // namespace detail
+
+inline namespace RUNTIME_BRIDGE_FLAVOUR {
+
+/// The outcome of a call: `std::expected` if the standard library has it, else `tl::expected`.
+template <class T>
+using Result = detail::Expected<T, BridgeError>;
 
 /// The value of a call, for callers that want exceptions.
 ///
@@ -414,6 +509,18 @@ template <class T>
   requires(!std::is_void_v<T> && !std::copy_constructible<T>)
 T unwrap(const Result<T>& result) = delete;  // The value can only be moved: write unwrap(std::move(result)).
 // clang-format on
+
+}  // namespace RUNTIME_BRIDGE_FLAVOUR
+
+namespace detail {
+inline namespace RUNTIME_BRIDGE_FLAVOUR {
+
+inline unexpected<BridgeError> failure(BridgeError::Kind kind, const char* why) {
+  return unexpected<BridgeError>({kind, nullptr, static_text(why)});
+}
+
+}  // namespace RUNTIME_BRIDGE_FLAVOUR
+}  // namespace detail
 
 // =====================================================================================================================
 // 2. Options
@@ -449,6 +556,7 @@ struct Options {
 // 3. Task traits. What is no Task gives one sentence, and no other error.
 
 namespace detail {
+inline namespace RUNTIME_BRIDGE_FLAVOUR {
 
 template <class T>
 struct AwaitableTraits : std::false_type {
@@ -539,8 +647,8 @@ constexpr void assert_task() {
   static_assert(refusal != Refusal::not_moved,
                 "runtime_bridge: an awaitable runs once, so give it up: block_on(std::move(task))");
   static_assert(refusal != Refusal::other_asio,
-                "runtime_bridge: this awaitable is another library's, such as boost::asio::awaitable: give an "
-                "asio::awaitable, of standalone Asio");
+                "runtime_bridge: this awaitable is another library's: give an asio::awaitable, of standalone Asio, or "
+                "a boost::asio::awaitable if RUNTIME_BRIDGE_USE_BOOST_ASIO is defined");
   static_assert(refusal != Refusal::no_task,
                 "runtime_bridge: not a Task: give an asio::awaitable, a callable without parameters, or an Asio "
                 "operation that waits for its token, such as timer.async_wait(asio::deferred)");
@@ -569,6 +677,8 @@ struct TaskTraits<Task, Refusal::none> {
 /// The type of a Task's value; void for what is no Task.
 template <class Task>
 using TaskValue = typename TaskTraits<Task>::Value;
+
+}  // namespace RUNTIME_BRIDGE_FLAVOUR
 
 // =====================================================================================================================
 // 4. Time
@@ -761,6 +871,8 @@ class Gate {
 // =====================================================================================================================
 // 8. Context
 
+inline namespace RUNTIME_BRIDGE_FLAVOUR {
+
 /// The `io_context` and its loop, with what the worker needs and Asio keeps to itself. No exception leaves the loop:
 /// what escapes a raw handler goes to the hook. Apart from `post`, all of it is for the worker.
 class Context : public net::io_context {
@@ -813,20 +925,30 @@ class Context : public net::io_context {
     return survive([&] { return poll_one(); });
   }
 
+  /// Runs a function as a handler, after those that are ready. Returns how many have run. Cancellations are emitted in
+  /// such a function: Asio 1.26 posts what is emitted outside of the loop, and uses a task's memory after its end.
+  template <class Function>
+  int run_in_turn(Function function) noexcept {
+    HandlerMemory memory;
+    bool passed = false;
+    post(memory, [&] {
+      passed = true;
+      function();
+    });
+    int handlers = 0;
+    do {  // the queue is served in order
+      run_ready_handler();
+      ++handlers;
+    } while (!passed);
+    return handlers;
+  }
+
   /// Runs handlers until none is ready. A coroutine that never waits always has one, so this gives up after some time.
   void run_ready_handlers() noexcept {
     const SteadyTime end = std::chrono::steady_clock::now() + std::chrono::milliseconds(5);
     int handlers = 0;
     for (int rounds = 0; handlers != 1 && (rounds < 4 || std::chrono::steady_clock::now() < end); ++rounds) {
-      // The queue is served in order: once this handler has run, so has each that was queued before it.
-      HandlerMemory memory;
-      bool passed = false;
-      post(memory, [&] { passed = true; });
-      handlers = 0;
-      do {
-        run_ready_handler();
-        ++handlers;
-      } while (!passed);
+      handlers = run_in_turn([] {});
     }
   }
 
@@ -882,6 +1004,8 @@ class Context : public net::io_context {
   const Hook& on_stray_exception_;
   std::optional<net::executor_work_guard<executor_type>> work_{get_executor()};
 };
+
+}  // namespace RUNTIME_BRIDGE_FLAVOUR
 
 // =====================================================================================================================
 // 9. Wait graph
@@ -1055,6 +1179,8 @@ class Backoff {
   std::atomic<unsigned> interval_{1};  // one attempt in so many is made
   std::atomic<unsigned> skips_{0};
 };
+
+inline namespace RUNTIME_BRIDGE_FLAVOUR {
 
 /// Busy-waits of callers and of the worker, since waking a thread that sleeps takes far longer than a short call.
 class SpinPolicy {
@@ -1262,6 +1388,12 @@ class CancelSignals {
     }
 
     CancelSignal& signal() const noexcept { return *signal_; }
+
+    // Not `bind_cancellation_slot`: with that, Asio 1.26 posts what is emitted outside of the loop, and uses the task's
+    // memory then, even if the task was destroyed before.
+    using cancellation_slot_type = net::cancellation_slot;
+    cancellation_slot_type get_cancellation_slot() const noexcept { return signal_->signal.slot(); }
+
     void operator()(const std::exception_ptr&) const noexcept {}
 
    private:
@@ -1742,13 +1874,13 @@ RUNTIME_BRIDGE_INLINE std::size_t Worker::end_calls() noexcept {
   const auto every_task = [](Call&) { return true; };
   // More than once, since what was ready may wait only now, and a task may try again.
   for (int round = 0; round < 3 && gate_.in_flight() != 0; ++round) {
-    signals_.emit_to_all(Emission::abort, every_task);
+    context_.run_in_turn([&] { signals_.emit_to_all(Emission::abort, every_task); });
     context_.run_ready_handlers();
   }
   if (gate_.in_flight() == 0) return 0;
 
   // What waits on this context is destroyed now. What comes back from elsewhere ends at its next co_await.
-  signals_.emit_to_all(Emission::mark, every_task);
+  context_.run_in_turn([&] { signals_.emit_to_all(Emission::mark, every_task); });
   const std::size_t before = signals_.destroyed();
   context_.destroy_parked();
   context_.run_ready_handlers();
@@ -1958,8 +2090,7 @@ void spawn(CallRef ref, CoroutineTask<Ex>& task) noexcept {
   try {
     CancelSignals::Lease lease(worker.signals());
     CancelSignal& signal = lease.signal();
-    net::co_spawn(worker.get_executor(), drive(std::move(ref), task, signal),
-                  net::bind_cancellation_slot(signal.signal.slot(), std::move(lease)));
+    net::co_spawn(worker.get_executor(), drive(std::move(ref), task, signal), std::move(lease));
   } catch (...) {
     // No memory for the coroutine. The reference was destroyed on the way, and the call knows that it was starting.
   }
@@ -2154,10 +2285,13 @@ template <class Called, class Task, class Clock, class Duration>
   return call.result();
 }
 
+}  // namespace RUNTIME_BRIDGE_FLAVOUR
 }  // namespace detail
 
 // =====================================================================================================================
 // 16. RuntimeBridge and JoinHandle
+
+inline namespace RUNTIME_BRIDGE_FLAVOUR {
 
 template <class T>
 class JoinHandle;
@@ -2266,12 +2400,13 @@ class RuntimeBridge {
   ///
   /// Any thread may request a stop, the task itself included. Cancellation is Asio's: the operation that the task waits
   /// for ends with `operation_aborted`, and so does every later `co_await`. A task that ignores that is waited for. If
-  /// the stop was requested before the call, the task is not started.
+  /// the stop was requested before the call, the task is not started. `stop` is a `std::stop_token`. If the standard
+  /// library has none (libc++ without -fexperimental-library), calls end by themselves, by a deadline or by `shutdown`.
   ///
   /// Not for coroutines, which can `co_await`; not for work that only computes, since it holds up all other calls; not
   /// for a task that waits for something that only the blocked caller could do.
   template <class Task>
-  [[nodiscard]] Result<detail::TaskValue<Task>> block_on(Task&& task, std::stop_token stop = {}) const {
+  [[nodiscard]] Result<detail::TaskValue<Task>> block_on(Task&& task, detail::StopToken stop = {}) const {
     return block_on_until(std::forward<Task>(task), (detail::SteadyTime::max)(), std::move(stop));
   }
 
@@ -2279,7 +2414,7 @@ class RuntimeBridge {
   /// is zero or less, the task is not started.
   template <class Task, class Rep, class Period>
   [[nodiscard]] Result<detail::TaskValue<Task>> block_on_for(Task&& task, std::chrono::duration<Rep, Period> timeout,
-                                                             std::stop_token stop = {}) const {
+                                                             detail::StopToken stop = {}) const {
     return block_on_until(std::forward<Task>(task), detail::time_after(timeout), std::move(stop));
   }
 
@@ -2289,7 +2424,7 @@ class RuntimeBridge {
   template <class Task, class Clock, class Duration>
   [[nodiscard]] Result<detail::TaskValue<Task>> block_on_until(Task&& task,
                                                                std::chrono::time_point<Clock, Duration> deadline,
-                                                               std::stop_token stop = {}) const {
+                                                               detail::StopToken stop = {}) const {
     detail::assert_task<Task>();
     if constexpr (!detail::is_task<Task>) {
       return detail::failure(BridgeError::WorkerDead, "not a Task");
@@ -2453,7 +2588,8 @@ JoinHandle<detail::TaskValue<Task>> RuntimeBridge::submit(Task&& task) const {
   }
 }
 
-}  // namespace RUNTIME_BRIDGE_ABI
+}  // namespace RUNTIME_BRIDGE_FLAVOUR
+}  // namespace v0_1
 }  // namespace runtime_bridge
 
 template <>
@@ -2461,7 +2597,6 @@ struct std::is_error_code_enum<runtime_bridge::BridgeError::Kind> : std::true_ty
 
 #pragma GCC visibility pop
 
-#endif  // Asio's coroutines
-#endif  // Asio's version
+#endif  // Asio
 #endif  // C++20, POSIX, exceptions
 #endif  // RUNTIME_BRIDGE_HPP

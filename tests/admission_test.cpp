@@ -48,7 +48,7 @@ TEST_CASE("admission: shutdown(cancel) reaches a call that is sent after it") {
     HeldUpCall caller(bridge);
     asio::steady_timer timer(bridge.get_executor(), 24h);
     auto parked = bridge.submit(timer.async_wait(asio::deferred));
-    std::jthread shutter([&] { bridge.shutdown(Shutdown::cancel); });
+    jthread shutter([&] { bridge.shutdown(Shutdown::cancel); });
     CHECK(parked.wait_for(1h));  // all calls have been cancelled
     if (stopped) bridge.get_executor().context().stop();
     CHECK(caller.go_on() == (stopped ? response_lost : cancelled_unrun));

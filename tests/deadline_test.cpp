@@ -24,7 +24,7 @@ awaitable<void> park_and_record(bool& started, bool& gone) {
 awaitable<void> park_until_cancelled(bool& was_cancelled) {
   try {
     co_await park();
-  } catch (const std::system_error&) {
+  } catch (const AsioError&) {
     was_cancelled = true;
   }
 }
@@ -99,7 +99,7 @@ TEST_CASE("deadline: the task is cancelled and waited for, and its exception is 
   CHECK(gone);
   REQUIRE_FALSE(result.has_value());
   CHECK(result.error() == BridgeError::TimedOut);
-  CHECK(code_of(result.error().cause()) == asio::error::operation_aborted);
+  CHECK(code_of<AsioError>(result.error().cause()) == asio::error::operation_aborted);
   CHECK(bridge.in_flight() == 0);
   CHECK(bridge.block_on(seven()) == 7);
 
@@ -135,7 +135,7 @@ TEST_CASE("deadline: a task that ignores cancellation is waited for") {
     co_return 5;
   };
   SettableClock::milliseconds = 0;
-  std::jthread caller([&] {
+  jthread caller([&] {
     result = bridge.block_on_until(stubborn, SettableClock::time_point(1h));
     returned = true;
   });
@@ -186,7 +186,7 @@ TEST_CASE("deadline: a clock that is set forward") {
   RuntimeBridge bridge;
   SettableClock::milliseconds = 0;
   Outcome result;
-  std::jthread caller([&] { result = outcome(bridge.block_on_until(park(), SettableClock::time_point(1h))); });
+  jthread caller([&] { result = outcome(bridge.block_on_until(park(), SettableClock::time_point(1h))); });
   await_calls(bridge, 1);
   SettableClock::milliseconds = std::chrono::milliseconds(2h).count();
   caller.join();

@@ -58,7 +58,7 @@ TEST_CASE("deadlock: a ring through a task that is suspended") {
   // A waits for a suspended task of B. Meanwhile another task of B calls A.
   RuntimeBridge a, b;
   bool may_end = false;
-  std::jthread caller([&] { unwrap(a.block_on([&] { unwrap(b.block_on(run_until(may_end))); })); });
+  jthread caller([&] { unwrap(a.block_on([&] { unwrap(b.block_on(run_until(may_end))); })); });
   await_state([&] { return b.in_flight() == 1; });
   Outcome ring;
   unwrap(b.block_on([&] {
@@ -81,8 +81,8 @@ TEST_CASE("deadlock: chains that share a bridge are not a ring") {
     }
   };
   {
-    std::jthread one([&] { chain(a); });
-    std::jthread two([&] { chain(b); });
+    jthread one([&] { chain(a); });
+    jthread two([&] { chain(b); });
   }
   CHECK(values == 2 * rounds);
 }
@@ -126,7 +126,7 @@ TEST_CASE("deadlock: a bridge may be destroyed while its worker waits for the de
   auto a = std::make_unique<RuntimeBridge>();
   RuntimeBridge b;
   Outcome inner, outer;
-  std::jthread caller([&, bridge = a.get()] {
+  jthread caller([&, bridge = a.get()] {
     outer = outcome(bridge->block_on([&] {
       inner = outcome(b.block_on([&] { a.reset(); }));
       return 1;
@@ -148,7 +148,7 @@ TEST_CASE("deadlock: a bridge that a task shut down and destroyed leaves no wait
   std::binary_semaphore go_on(0);
   auto busy = a.submit([&] { go_on.acquire(); });
   Outcome through;
-  std::jthread caller([&] { through = outcome(c.block_on([&] { return *a.block_on([] { return 5; }); })); });
+  jthread caller([&] { through = outcome(c.block_on([&] { return *a.block_on([] { return 5; }); })); });
   await_state([&] { return a.in_flight() == 2; });
   go_on.release();
   caller.join();

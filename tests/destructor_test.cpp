@@ -2,7 +2,6 @@
 //
 // A bridge ends by its destructor, on or off its worker, or because its context is stopped.
 
-#include <asio/error.hpp>
 #include <atomic>
 #include <functional>
 #include <latch>
@@ -16,18 +15,18 @@ TEST_CASE("destructor: suspended tasks are cancelled and end on the worker, and 
   std::optional<RuntimeBridge> bridge(std::in_place);
   const auto worker = worker_of(*bridge);
   std::thread::id ended;
-  std::error_code told;
+  ErrorCode told;
   const auto task = [&]() -> awaitable<void> {
     const NotesItsEnd local(ended);
     try {
       co_await park();
-    } catch (const std::system_error& e) {
+    } catch (const AsioError& e) {
       told = e.code();
       throw;
     }
   };
   Outcome result;
-  std::jthread caller([&, call = &*bridge] { result = outcome(call->block_on(task)); });
+  jthread caller([&, call = &*bridge] { result = outcome(call->block_on(task)); });
   await_calls(*bridge, 1);
   bridge.reset();
   caller.join();
@@ -61,7 +60,7 @@ TEST_CASE("destructor: tasks that ignore cancellation are destroyed on the worke
 TEST_CASE("destructor: a task that never waits is cancelled too") {
   std::optional<RuntimeBridge> bridge(std::in_place);
   Outcome result;
-  std::jthread caller([&, call = &*bridge] { result = outcome(call->block_on(run_in_circles())); });
+  jthread caller([&, call = &*bridge] { result = outcome(call->block_on(run_in_circles())); });
   await_calls(*bridge, 1);
   bridge.reset();
   caller.join();
@@ -77,7 +76,7 @@ TEST_CASE("destructor: a task that never waits and ignores cancellation is waite
   });
   auto parked = bridge->submit(park_stubbornly());
   await_calls(*bridge, 2);
-  std::jthread destroyer([&] { bridge.reset(); });
+  jthread destroyer([&] { bridge.reset(); });
   CHECK(outcome(parked.join()) == response_lost);
   CHECK_FALSE(task.done());
   may_end = true;
@@ -91,7 +90,7 @@ TEST_CASE("destructor: calls that were admitted and not started are answered, an
   asio::post(bridge->get_executor(), [&] { release.acquire(); });
   std::atomic<int> ran{0};
   std::vector<Outcome> results(calls);
-  std::vector<std::jthread> callers;
+  std::vector<jthread> callers;
   for (auto& result : results) {
     callers.emplace_back([&, call = &*bridge] { result = outcome(call->block_on([&] { ++ran; })); });
   }
@@ -130,7 +129,7 @@ TEST_CASE("destructor: may run on the worker, in a task") {
   for (int round = 0; round < 50; ++round) {
     auto bridge = std::make_shared<RuntimeBridge>();
     Outcome result;
-    std::jthread caller([&result, owner = std::move(bridge)]() mutable {
+    jthread caller([&result, owner = std::move(bridge)]() mutable {
       RuntimeBridge& same = *owner;
       // The task drops the last reference and goes on.
       const auto task = [&owner]() -> awaitable<int> {
@@ -174,11 +173,11 @@ TEST_CASE("destructor: waits for a task that waits on another executor") {
   std::optional<RuntimeBridge> bridge(std::in_place);
   Foreign foreign;
   Outcome result;
-  std::jthread caller([&, call = &*bridge] { result = outcome(call->block_on(foreign.visit(3))); });
+  jthread caller([&, call = &*bridge] { result = outcome(call->block_on(foreign.visit(3))); });
   auto parked = bridge->submit(park_stubbornly());
   await_calls(*bridge, 2);
   std::atomic<bool> gone{false};
-  std::jthread destroyer([&] {
+  jthread destroyer([&] {
     bridge.reset();
     gone = true;
   });
@@ -204,9 +203,9 @@ TEST_CASE("destructor: a task that comes back from another executor and runs on 
     co_return value;
   };
   Outcome result;
-  std::jthread caller([&, call = &*bridge] { result = outcome(call->block_on(task)); });
+  jthread caller([&, call = &*bridge] { result = outcome(call->block_on(task)); });
   await_calls(*bridge, 1);
-  std::jthread destroyer([&] { bridge.reset(); });
+  jthread destroyer([&] { bridge.reset(); });
   foreign.go_on();
   destroyer.join();
   caller.join();
@@ -221,7 +220,7 @@ TEST_CASE("destructor: a task that survived a stop request and ends because the 
   auto task = bridge->submit([&]() -> awaitable<void> {
     try {
       co_await park();
-    } catch (const std::system_error&) {
+    } catch (const AsioError&) {
     }
     co_await asio::this_coro::reset_cancellation_state(asio::enable_total_cancellation());
     cancelled = true;
@@ -234,7 +233,7 @@ TEST_CASE("destructor: a task that survived a stop request and ends because the 
   await_state([&] { return cancelled.load(); });
   auto parked = bridge->submit(park_stubbornly());
   await_calls(*bridge, 2);
-  std::jthread destroyer([&] { bridge.reset(); });
+  jthread destroyer([&] { bridge.reset(); });
   CHECK(outcome(parked.join()) == response_lost);  // it was destroyed
   foreign.go_on();
   CHECK(outcome(task.join()) == response_lost);
@@ -315,7 +314,7 @@ TEST_CASE("destructor: a coroutine that another thread destroys") {
     await_calls(*bridge, 1);
     std::latch ready(1);
     {
-      const std::jthread other([&](const std::stop_token& stop) {
+      const jthread other([&](const stop_token& stop) {
         ready.count_down();
         if (round % 2) return bridge.reset();
         while (!stop.stop_requested()) (void)bridge->block_on([] { return asio::post(use_awaitable); });
@@ -350,7 +349,7 @@ TEST_CASE("destructor: races with completions on other threads", "[race]") {
     std::optional<RuntimeBridge> bridge(std::in_place);
     std::latch started(calls);
     std::vector<Outcome> results(calls);
-    std::vector<std::jthread> callers;
+    std::vector<jthread> callers;
     for (auto& result : results) {
       callers.emplace_back([&, call = &*bridge] {
         const auto task = [&]() -> awaitable<void> {
@@ -375,7 +374,7 @@ TEST_CASE("destructor: races with completion", "[race]") {
     std::optional<RuntimeBridge> bridge(std::in_place);
     std::latch started(calls);
     std::vector<Outcome> results(calls);
-    std::vector<std::jthread> callers;
+    std::vector<jthread> callers;
     for (int i = 0; i < calls; ++i) {
       callers.emplace_back([&, i, call = &*bridge] {
         const auto task = [&, i]() -> awaitable<void> {
@@ -399,7 +398,7 @@ TEST_CASE("context().stop(): races with admission and stray exceptions", "[race]
     std::atomic<int> unexpected{0};
     std::atomic<int> calls{0};
     {
-      std::vector<std::jthread> callers;
+      std::vector<jthread> callers;
       for (int i = 0; i < 3; ++i) {
         callers.emplace_back([&, i] {
           for (;;) {
@@ -445,7 +444,7 @@ TEST_CASE("context().stop(): I/O objects may be destroyed afterwards") {
   RuntimeBridge bridge;
   asio::steady_timer timer(bridge.get_executor(), 24h);
   Outcome result;
-  std::jthread caller([&] { result = outcome(bridge.block_on(timer.async_wait(asio::deferred))); });
+  jthread caller([&] { result = outcome(bridge.block_on(timer.async_wait(asio::deferred))); });
   await_calls(bridge, 1);
   bridge.get_executor().context().stop();
   caller.join();

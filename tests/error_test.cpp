@@ -7,7 +7,6 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
-#include <stop_token>
 
 #include "support.hpp"
 
@@ -150,7 +149,8 @@ TEST_CASE("message: of a deadline and of a stop, before the call and during it")
   } while (!timed.error().cause());
   CHECK(text(timed) == "the deadline passed and the task was cancelled: " + what(timed.error().cause()));
 
-  std::stop_source source;
+#ifdef HAS_STOP_TOKEN
+  stop_source source;
   const auto stops_itself = [&] {
     source.request_stop();
     return park();
@@ -159,6 +159,7 @@ TEST_CASE("message: of a deadline and of a stop, before the call and during it")
   REQUIRE_FALSE(stopped.has_value());
   CHECK(text(stopped) == "a stop was requested and the task was cancelled: " + what(stopped.error().cause()));
   CHECK(text(bridge.block_on([] {}, source.get_token())) == "a stop was requested before the call");
+#endif
 }
 
 TEST_CASE("message: of a task that was destroyed, and of one whose worker was stopped") {

@@ -3,18 +3,6 @@
 // Stopping now, with every shape of task that users write: by the destructor, at a limit that has passed, and by
 // context().stop(). Run it under ASan, since most failures are a use after free.
 
-#include <asio/bind_cancellation_slot.hpp>
-#include <asio/bind_executor.hpp>
-#include <asio/ip/icmp.hpp>
-#include <asio/ip/tcp.hpp>
-#include <asio/ip/udp.hpp>
-#include <asio/local/connect_pair.hpp>
-#include <asio/local/stream_protocol.hpp>
-#include <asio/read.hpp>
-#include <asio/signal_set.hpp>
-#include <asio/strand.hpp>
-#include <asio/this_coro.hpp>
-#include <asio/write.hpp>
 #include <atomic>
 #include <csignal>
 #include <functional>
@@ -84,7 +72,7 @@ TEST_CASE("hard stop: every shape of task, with every way to stop") {
       const auto token = std::make_shared<int>();
       Outcome result;
       long alive = -1;
-      std::jthread caller([&, call = bridge.get()] {
+      jthread caller([&, call = bridge.get()] {
         const auto answer = call->block_on([&, held = token] { return shape.make(ground, held); });
         alive = ground.alive;
         result = outcome(answer);
@@ -191,7 +179,7 @@ TEST_CASE("hard stop: a call that was cut off has no value") {
     });
     auto parked = bridge->submit(park_stubbornly());
     await_calls(*bridge, 2);
-    std::jthread stopper([&] { ending.stop(bridge); });
+    jthread stopper([&] { ending.stop(bridge); });
     CHECK(outcome(parked.join()) == response_lost);  // it was destroyed
     foreign.go_on();
     CHECK(outcome(task.join()) == response_lost);
@@ -288,7 +276,7 @@ TEST_CASE("hard stop: a task that survived a stop request and throws when the br
   auto task = bridge->submit([&]() -> awaitable<void> {
     try {
       co_await park();
-    } catch (const std::system_error&) {
+    } catch (const AsioError&) {
     }
     co_await asio::this_coro::reset_cancellation_state(asio::enable_total_cancellation());
     goes_on = true;
@@ -312,7 +300,7 @@ TEST_CASE("hard stop: an earlier shutdown(cancel) is remembered") {
     co_return state.cancelled() == asio::cancellation_type::none ? 8 : 7;
   });
   await_calls(bridge, 1);
-  const std::jthread shutter([&] { bridge.shutdown(Shutdown::cancel); });
+  const jthread shutter([&] { bridge.shutdown(Shutdown::cancel); });
   await_state([&] { return waits == 2; });
   CHECK_FALSE(bridge.shutdown(Shutdown::drain, 0s));
   CHECK(polls.join() == 7);
@@ -324,7 +312,7 @@ TEST_CASE("hard stop: a task that retries once and returns a value keeps it") {
     for (int i = 0; i < 2; ++i) {
       try {
         co_await park();
-      } catch (const std::system_error&) {
+      } catch (const AsioError&) {
       }
     }
     co_return 8;
@@ -360,7 +348,7 @@ void check_destroyed_after_foreign(awaitable<void> (*wait)()) {
   });
   auto parked = bridge->submit(park_stubbornly());
   await_calls(*bridge, 2);
-  const std::jthread destroyer([&] { bridge.reset(); });
+  const jthread destroyer([&] { bridge.reset(); });
   CHECK(outcome(parked.join()) == response_lost);  // it was destroyed
   foreign.go_on();
   CHECK(outcome(task.join()) == response_lost);
@@ -403,16 +391,14 @@ namespace {
 /// A pool as users write it: tokens in a channel, and leases whose destructor gives the token back.
 class TokenPool {
  public:
-  explicit TokenPool(const asio::any_io_executor& executor) : tokens_(executor, 1) {
-    tokens_.try_send(std::error_code(), 1);
-  }
+  explicit TokenPool(const asio::any_io_executor& executor) : tokens_(executor, 1) { tokens_.try_send(ErrorCode(), 1); }
 
   class Lease {
    public:
     explicit Lease(ConcurrentChannel& tokens) : tokens_(tokens) {}
     Lease(const Lease&) = delete;
     Lease& operator=(const Lease&) = delete;
-    ~Lease() { tokens_.try_send(std::error_code(), 1); }
+    ~Lease() { tokens_.try_send(ErrorCode(), 1); }
 
    private:
     ConcurrentChannel& tokens_;
@@ -538,7 +524,7 @@ TEST_CASE("hard stop: nothing of a call stays in its cancellation slot") {
   unwrap(bridge->block_on(leaves_filters));
   CHECK(token.use_count() == 1);
   long uses = 0;
-  std::jthread caller([&, call = bridge.get()] {
+  jthread caller([&, call = bridge.get()] {
     (void)call->block_on([&] { return leaves_a_handler(true); });
     uses = token.use_count();
   });

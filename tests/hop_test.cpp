@@ -2,9 +2,6 @@
 //
 // Tasks that move to another executor and end there. They are brought back to the worker first.
 
-#include <asio/bind_executor.hpp>
-#include <asio/dispatch.hpp>
-#include <asio/strand.hpp>
 #include <atomic>
 #include <memory>
 #include <stdexcept>
@@ -100,7 +97,7 @@ TEST_CASE("hop: a deadline races with a task that ends on a pool", "[race]") {
     co_return 1;
   };
   {
-    std::vector<std::jthread> callers;
+    std::vector<jthread> callers;
     for (int t = 0; t < 3; ++t) {
       callers.emplace_back([&] {
         for (int i = 0; i < 500; ++i) {

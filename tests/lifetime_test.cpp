@@ -2,7 +2,6 @@
 //
 // A call is over when it returns: after the caller woke, nothing of the call is used or destroyed on the worker.
 
-#include <asio/thread_pool.hpp>
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -67,11 +66,11 @@ template <class MakeTask>
 std::string log_of_call(End end, MakeTask make_task) {
   auto log = std::make_shared<Log>();
   std::binary_semaphore parked(0);
-  std::jthread stopper;
+  jthread stopper;
   {
     RuntimeBridge bridge;
     if (end == End::stopped) {
-      stopper = std::jthread([&] {
+      stopper = jthread([&] {
         parked.acquire();
         bridge.get_executor().context().stop();
       });

@@ -3,12 +3,10 @@
 // A module that uses bridges of other modules and lends its own: see modules_test.cpp. It is compiled several times;
 // MODULE is the prefix of its functions.
 
-// First: see the README's requirements.
-#include <runtime_bridge.hpp>
-
-#include <asio/steady_timer.hpp>
 #include <chrono>
 #include <memory>
+
+#include "asio.hpp"
 
 #define JOINED(a, b) a##_##b
 #define NAMED(module, name) JOINED(module, name)

@@ -101,7 +101,7 @@ int uses(const RuntimeBridge& bridge, const Module& module) {
 int ends_under(const Module& module, bool by_module) {
   auto bridge = std::make_unique<RuntimeBridge>();
   int result = 0;
-  std::jthread caller([&, b = bridge.get()] { result = module.park(b); });
+  jthread caller([&, b = bridge.get()] { result = module.park(b); });
   await_calls(*bridge, 1);
   if (by_module) {
     module.destroy_other(bridge.release());
@@ -190,7 +190,7 @@ TEST_CASE("modules: the program and a plugin call each other's bridges", "[race]
   plugin.functions().make(&other);
   std::atomic<int> wrong{0};
   {
-    std::vector<std::jthread> threads;
+    std::vector<jthread> threads;
     for (int i = 0; i < 4; ++i) {
       threads.emplace_back([&, i] {
         for (int round = 0; round < 200; ++round) {

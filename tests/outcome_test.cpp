@@ -98,7 +98,7 @@ TEST_CASE("outcome: a task that throws is ResponseLost with that exception, and 
   RuntimeBridge bridge;
   std::atomic<bool> neighbour_may_end{false};
   Outcome neighbour;
-  std::jthread other([&] { neighbour = outcome(bridge.block_on(run_until(neighbour_may_end))); });
+  jthread other([&] { neighbour = outcome(bridge.block_on(run_until(neighbour_may_end))); });
   await_state([&] { return bridge.in_flight() == 1; });
 
   const auto result = bridge.block_on(yield_then_throw("disk full"));
@@ -161,7 +161,7 @@ TEST_CASE("outcome: an exception of the result's move constructor, wherever it i
 TEST_CASE("outcome: the context is stopped while tasks run") {
   RuntimeBridge bridge;
   std::vector<Outcome> outcomes(3);
-  std::vector<std::jthread> callers;
+  std::vector<jthread> callers;
   std::latch parked(3);
   for (auto& slot : outcomes) {
     callers.emplace_back([&] {

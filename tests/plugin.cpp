@@ -2,9 +2,9 @@
 //
 // A library with bridges that a program loads and closes while it runs.
 
-#include <asio/steady_timer.hpp>
 #include <chrono>
-#include <runtime_bridge.hpp>
+
+#include "asio.hpp"
 
 #define EXPORTED extern "C" [[gnu::visibility("default")]]
 

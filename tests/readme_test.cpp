@@ -4,7 +4,6 @@
 // README is in a file that is compiled, such as this one.
 
 #include <chrono>
-#include <stop_token>
 #include <string>
 #include <string_view>
 
@@ -37,6 +36,7 @@ TEST_CASE("readme: a deadline") {
   CHECK(timed_out);
 }
 
+#ifdef HAS_STOP_TOKEN
 TEST_CASE("readme: a stop token") {
   RuntimeBridge bridge;
   Client client;
@@ -53,6 +53,7 @@ TEST_CASE("readme: a stop token") {
   reader.join();
   CHECK(reported.starts_with(BridgeError(BridgeError::Cancelled).message()));
 }
+#endif
 
 TEST_CASE("readme: submit") {
   RuntimeBridge bridge;

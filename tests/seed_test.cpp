@@ -2,7 +2,6 @@
 //
 // The eight tests of the Rust crate that this library follows.
 
-#include <asio/thread_pool.hpp>
 #include <atomic>
 #include <barrier>
 #include <stdexcept>
@@ -78,7 +77,7 @@ TEST_CASE("seed: four callers that each wait 250 ms end in under half of the ser
   std::barrier all(callers);
   const auto start = std::chrono::steady_clock::now();
   {
-    std::vector<std::jthread> threads;
+    std::vector<jthread> threads;
     for (int i = 0; i < callers; ++i) {
       threads.emplace_back([&] {
         all.arrive_and_wait();

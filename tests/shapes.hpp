@@ -5,36 +5,6 @@
 #ifndef RUNTIME_BRIDGE_TESTS_SHAPES_HPP
 #define RUNTIME_BRIDGE_TESTS_SHAPES_HPP
 
-#include <asio/version.hpp>
-
-#include <asio/any_io_executor.hpp>
-#include <asio/bind_cancellation_slot.hpp>
-#include <asio/bind_executor.hpp>
-#include <asio/co_spawn.hpp>
-#include <asio/dispatch.hpp>
-#include <asio/experimental/awaitable_operators.hpp>
-#include <asio/experimental/channel.hpp>
-#include <asio/experimental/concurrent_channel.hpp>
-#include <asio/experimental/parallel_group.hpp>
-#include <asio/local/connect_pair.hpp>
-#include <asio/local/stream_protocol.hpp>
-#include <asio/read.hpp>
-#include <asio/strand.hpp>
-#if ASIO_VERSION < 102400
-#include <asio/experimental/as_tuple.hpp>
-#else
-#include <asio/as_tuple.hpp>
-#endif
-#if ASIO_VERSION >= 103400
-#include <asio/cancel_after.hpp>
-#include <asio/cancel_at.hpp>
-#endif
-// With clang it requires a return value from a coroutine that returns void.
-#ifndef __clang__
-#include <asio/experimental/coro.hpp>
-#include <asio/experimental/use_coro.hpp>
-#endif
-
 #include <atomic>
 #include <functional>
 #include <memory>
@@ -43,14 +13,10 @@
 
 #include "support.hpp"
 
-using Channel = asio::experimental::channel<void(std::error_code, int)>;
-using ConcurrentChannel = asio::experimental::concurrent_channel<void(std::error_code, int)>;
+using Channel = asio::experimental::channel<void(ErrorCode, int)>;
+using ConcurrentChannel = asio::experimental::concurrent_channel<void(ErrorCode, int)>;
 
-#if ASIO_VERSION < 102400
-constexpr asio::experimental::as_tuple_t<asio::use_awaitable_t<>> as_tuple_awaitable{};
-#else
 constexpr asio::as_tuple_t<asio::use_awaitable_t<>> as_tuple_awaitable{};
-#endif
 
 /// Counts the living locals of the shapes, and has the pools that they use. It outlives the bridge.
 class Ground {
@@ -143,7 +109,7 @@ inline awaitable<void> as_tuple(Ground& ground, Token) {
   const Alive alive(ground);
   asio::steady_timer timer(co_await asio::this_coro::executor, 24h);
   const auto [error] = co_await timer.async_wait(as_tuple_awaitable);
-  if (error) throw std::system_error(error);
+  if (error) throw AsioError(error);
 }
 
 inline awaitable<void> both(Ground& ground, Token token) {
@@ -163,7 +129,7 @@ inline awaitable<void> parallel_group(Ground& ground, Token) {
   asio::steady_timer one(co_await asio::this_coro::executor, 24h), two(co_await asio::this_coro::executor, 24h);
   auto group = asio::experimental::make_parallel_group(one.async_wait(asio::deferred), two.async_wait(asio::deferred));
   const auto results = co_await group.async_wait(asio::experimental::wait_for_all(), use_awaitable);
-  if (std::get<1>(results)) throw std::system_error(std::get<1>(results));
+  if (std::get<1>(results)) throw AsioError(std::get<1>(results));
 }
 
 inline awaitable<void> channel(Ground& ground, Token) {
@@ -199,7 +165,7 @@ inline awaitable<void> catches_and_retries(Ground& ground, Token token) {
   for (int i = 0; i < 2; ++i) {
     try {
       co_await nap(ground, token);
-    } catch (const std::system_error&) {
+    } catch (const AsioError&) {
     }
   }
   co_await child(ground, token);

@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
-#include <stop_token>
 
 #include "support.hpp"
 
@@ -38,12 +37,14 @@ int all_kinds_of_calls(const RuntimeBridge& bridge) {
            throw std::runtime_error("no");
          })) == threw("no"));
   expect(bridge.block_on_for(park, 200us).error() == BridgeError::TimedOut);
-  std::stop_source stop;
+#ifdef HAS_STOP_TOKEN
+  stop_source stop;
   const auto stops_itself = [&]() -> awaitable<void> {
     stop.request_stop();
     co_await park();
   };
   expect(bridge.block_on(stops_itself, stop.get_token()).error() == BridgeError::Cancelled);
+#endif
   auto submitted = bridge.submit(park);
   submitted.request_stop();
   expect(submitted.join().error() == BridgeError::Cancelled);
@@ -67,9 +68,9 @@ TEST_CASE("soak: memory, threads and descriptors do not grow", "[race][slow]") {
   const std::size_t descriptors = descriptors_of_this_process();
   {
     const RuntimeBridge lasting;
-    std::vector<std::jthread> threads;
+    std::vector<jthread> threads;
     for (int i = 0; i < 3; ++i) {
-      threads.emplace_back([&](const std::stop_token& stop) {
+      threads.emplace_back([&](const stop_token& stop) {
         while (!stop.stop_requested()) {
           wrong += all_kinds_of_calls(lasting);
           ++rounds;
@@ -77,7 +78,7 @@ TEST_CASE("soak: memory, threads and descriptors do not grow", "[race][slow]") {
       });
     }
     // And one that makes bridges and destroys them with a call in flight.
-    threads.emplace_back([&](const std::stop_token& stop) {
+    threads.emplace_back([&](const stop_token& stop) {
       while (!stop.stop_requested()) {
         auto bridge = std::make_unique<RuntimeBridge>();
         wrong += all_kinds_of_calls(*bridge);

@@ -6,8 +6,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <asio/post.hpp>
-#include <asio/this_coro.hpp>
 #include <atomic>
 #include <future>
 #include <optional>
@@ -40,19 +38,24 @@ RuntimeBridge spinning_for(std::chrono::microseconds limit) { return RuntimeBrid
 /// A thread that waits for a task, which the destructor ends.
 class Caller {
  public:
-  explicit Caller(const RuntimeBridge& bridge) {
+  explicit Caller(const RuntimeBridge& bridge) : timer_(bridge.get_executor(), 24h) {
     std::promise<Watch> begun;
-    thread_ = std::jthread([&](const std::stop_token& stop) {
+    thread_ = std::thread([&] {
       const Watch self;
       yields_ = &::yields;
-      (void)bridge.block_on(
-          [&] {
-            begun.set_value(self);
-            return park();
-          },
-          stop);
+      const auto task = [&]() -> awaitable<void> {
+        begun.set_value(self);
+        co_await timer_.async_wait(use_awaitable);
+      };
+      (void)bridge.block_on(task);
     });
     watch_ = begun.get_future().get();
+  }
+  Caller(const Caller&) = delete;
+  Caller& operator=(const Caller&) = delete;
+  ~Caller() {
+    asio::post(timer_.get_executor(), [this] { timer_.cancel(); });
+    thread_.join();
   }
 
   const Watch& watch() const { return watch_; }
@@ -61,7 +64,8 @@ class Caller {
  private:
   std::atomic<int>* yields_ = nullptr;
   Watch watch_;
-  std::jthread thread_;
+  asio::steady_timer timer_;
+  std::thread thread_;
 };
 
 // A spinning thread uses this much CPU time sooner or later. A sleeping one does not.
@@ -160,9 +164,9 @@ void pin(pthread_t thread, unsigned processor) {
 
 TEST_CASE("spin: callers stop yielding if other threads keep every core busy", "[timing]") {
   if (one_core) return;
-  std::vector<std::jthread> busy;
+  std::vector<jthread> busy;
   for (unsigned i = 0; i < std::thread::hardware_concurrency(); ++i) {
-    busy.emplace_back([](const std::stop_token& stop) {
+    busy.emplace_back([](const stop_token& stop) {
       while (!stop.stop_requested()) {
       }
     });

@@ -8,23 +8,8 @@
 #include <optional>
 #include <semaphore>
 #include <stdexcept>
-#include <stop_token>
 
 #include "support.hpp"
-
-TEST_CASE("stop: the task is cancelled and waited for, and its exception is the cause") {
-  RuntimeBridge bridge;
-  std::stop_source source;
-  Result<void> result;
-  std::jthread caller([&] { result = bridge.block_on(park(), source.get_token()); });
-  await_calls(bridge, 1);
-  source.request_stop();
-  caller.join();
-  REQUIRE_FALSE(result.has_value());
-  CHECK(result.error() == BridgeError::Cancelled);
-  CHECK(code_of(result.error().cause()) == asio::error::operation_aborted);
-  CHECK(bridge.in_flight() == 0);
-}
 
 TEST_CASE("stop: the cancellation is emitted on the worker") {
   const RuntimeBridge bridge;
@@ -46,68 +31,6 @@ TEST_CASE("stop: the cancellation is emitted on the worker") {
   task.request_stop();
   CHECK(task.join() == 1);
   CHECK(emitted_on == worker);
-}
-
-TEST_CASE("stop: one that was requested before the call does not start the task") {
-  RuntimeBridge bridge;
-  std::stop_source source;
-  source.request_stop();
-  bool ran = false;
-  const auto task = [&ran] { ran = true; };
-  for (const auto& result :
-       {bridge.block_on(task, source.get_token()), bridge.block_on_for(task, 1h, source.get_token()),
-        bridge.block_on_until(task, std::chrono::system_clock::now() + 1h, source.get_token())}) {
-    REQUIRE_FALSE(result.has_value());
-    CHECK(result.error() == BridgeError::Cancelled);
-    CHECK_FALSE(result.error().cause());
-  }
-  CHECK_FALSE(ran);
-}
-
-TEST_CASE("stop: may be requested by the task itself") {
-  RuntimeBridge bridge;
-  std::stop_source source;
-  const auto task = [&]() -> awaitable<int> {
-    source.request_stop();
-    co_await park();
-    co_return 1;
-  };
-  CHECK(outcome(bridge.block_on(task, source.get_token())) == BridgeError::Cancelled);
-
-  std::stop_source other;
-  CHECK(bridge.block_on([&] { return other.request_stop(); }, other.get_token()) == true);
-}
-
-TEST_CASE("stop: does not affect a task that has its value, or other calls") {
-  RuntimeBridge bridge;
-  std::stop_source source;
-  Outcome neighbour;
-  std::atomic<bool> may_end{false};
-  std::jthread other([&] { neighbour = outcome(bridge.block_on(run_until(may_end), std::stop_source().get_token())); });
-  await_calls(bridge, 1);
-  const auto value = [&]() -> awaitable<int> {
-    source.request_stop();
-    co_return 4;
-  };
-  CHECK(bridge.block_on(value, source.get_token()) == 4);
-  may_end = true;
-  other.join();
-  CHECK(neighbour == succeeded);
-}
-
-TEST_CASE("stop: cancels a nested operation that accepts total cancellation") {
-  RuntimeBridge bridge;
-  std::stop_source source;
-  const auto task = [&]() -> awaitable<void> {
-    co_await asio::this_coro::reset_cancellation_state(asio::enable_total_cancellation());
-    co_await park();
-  };
-  Outcome result;
-  std::jthread caller([&] { result = outcome(bridge.block_on(task, source.get_token())); });
-  await_calls(bridge, 1);
-  source.request_stop();
-  caller.join();
-  CHECK(result == BridgeError::Cancelled);
 }
 
 TEST_CASE("stop: a task that ends before its cancellation arrives") {
@@ -142,17 +65,95 @@ TEST_CASE("stop: one that arrives after its task ended does not reach the next t
   CHECK_FALSE(next.done());
 }
 
+#ifdef HAS_STOP_TOKEN
+
+TEST_CASE("stop: the task is cancelled and waited for, and its exception is the cause") {
+  RuntimeBridge bridge;
+  stop_source source;
+  Result<void> result;
+  jthread caller([&] { result = bridge.block_on(park(), source.get_token()); });
+  await_calls(bridge, 1);
+  source.request_stop();
+  caller.join();
+  REQUIRE_FALSE(result.has_value());
+  CHECK(result.error() == BridgeError::Cancelled);
+  CHECK(code_of<AsioError>(result.error().cause()) == asio::error::operation_aborted);
+  CHECK(bridge.in_flight() == 0);
+}
+
+TEST_CASE("stop: one that was requested before the call does not start the task") {
+  RuntimeBridge bridge;
+  stop_source source;
+  source.request_stop();
+  bool ran = false;
+  const auto task = [&ran] { ran = true; };
+  for (const auto& result :
+       {bridge.block_on(task, source.get_token()), bridge.block_on_for(task, 1h, source.get_token()),
+        bridge.block_on_until(task, std::chrono::system_clock::now() + 1h, source.get_token())}) {
+    REQUIRE_FALSE(result.has_value());
+    CHECK(result.error() == BridgeError::Cancelled);
+    CHECK_FALSE(result.error().cause());
+  }
+  CHECK_FALSE(ran);
+}
+
+TEST_CASE("stop: may be requested by the task itself") {
+  RuntimeBridge bridge;
+  stop_source source;
+  const auto task = [&]() -> awaitable<int> {
+    source.request_stop();
+    co_await park();
+    co_return 1;
+  };
+  CHECK(outcome(bridge.block_on(task, source.get_token())) == BridgeError::Cancelled);
+
+  stop_source other;
+  CHECK(bridge.block_on([&] { return other.request_stop(); }, other.get_token()) == true);
+}
+
+TEST_CASE("stop: does not affect a task that has its value, or other calls") {
+  RuntimeBridge bridge;
+  stop_source source;
+  Outcome neighbour;
+  std::atomic<bool> may_end{false};
+  jthread other([&] { neighbour = outcome(bridge.block_on(run_until(may_end), stop_source().get_token())); });
+  await_calls(bridge, 1);
+  const auto value = [&]() -> awaitable<int> {
+    source.request_stop();
+    co_return 4;
+  };
+  CHECK(bridge.block_on(value, source.get_token()) == 4);
+  may_end = true;
+  other.join();
+  CHECK(neighbour == succeeded);
+}
+
+TEST_CASE("stop: cancels a nested operation that accepts total cancellation") {
+  RuntimeBridge bridge;
+  stop_source source;
+  const auto task = [&]() -> awaitable<void> {
+    co_await asio::this_coro::reset_cancellation_state(asio::enable_total_cancellation());
+    co_await park();
+  };
+  Outcome result;
+  jthread caller([&] { result = outcome(bridge.block_on(task, source.get_token())); });
+  await_calls(bridge, 1);
+  source.request_stop();
+  caller.join();
+  CHECK(result == BridgeError::Cancelled);
+}
+
 // Race: the stop is requested while the call is refused, and must not be sent to the worker.
 TEST_CASE("stop: races with a refusal", "[race]") {
   const RuntimeBridge bridge;
   auto parked = bridge.submit(park());
   await_calls(bridge, 1);
-  const std::jthread drain([&] { bridge.shutdown(runtime_bridge::Shutdown::drain); });
+  const jthread drain([&] { bridge.shutdown(runtime_bridge::Shutdown::drain); });
   await_closed(bridge);
-  std::optional<std::stop_source> source(std::in_place);
+  std::optional<stop_source> source(std::in_place);
   std::atomic<int> asked_for{0}, at{0};
   constexpr int rounds = 2'000;
-  const std::jthread stopper([&] {
+  const jthread stopper([&] {
     for (int round = 1; round <= rounds; ++round) {
       await_state([&] { return at >= round; });
       source->request_stop();
@@ -173,7 +174,7 @@ TEST_CASE("stop: races with a refusal", "[race]") {
 
 TEST_CASE("stop: touches nothing of the call after the call returned") {
   RuntimeBridge bridge;
-  std::stop_source source;
+  stop_source source;
   for (int i = 0; i < 100; ++i) CHECK(bridge.block_on(hops(1), source.get_token()) == 1);
   source.request_stop();
   CHECK(bridge.block_on(hops(1)) == 1);
@@ -183,10 +184,10 @@ TEST_CASE("stop: touches nothing of the call after the call returned") {
 // borrows the caller's stack, so a late cancellation would touch it after the call.
 TEST_CASE("stop: races with admission and completion", "[race]") {
   RuntimeBridge bridge;
-  std::stop_source source;
+  stop_source source;
   std::binary_semaphore go(0), went(0);
   std::atomic<bool> done{false};
-  std::jthread stopper([&] {
+  jthread stopper([&] {
     for (int round = 0;; ++round) {
       go.acquire();
       if (done) return;
@@ -199,7 +200,7 @@ TEST_CASE("stop: races with admission and completion", "[race]") {
   int stops = 0;
   int round = 0;
   for (; round < 5'000 || values == 0 || stops == 0; ++round) {
-    source = std::stop_source();
+    source = stop_source();
     int local = 0;
     const auto task = [&]() -> awaitable<int> {
       for (int hop = 0; hop < round % 64; ++hop) co_await asio::post(use_awaitable);
@@ -225,15 +226,15 @@ TEST_CASE("stop: races with admission and completion", "[race]") {
 TEST_CASE("stop: races with a deadline and context().stop()", "[race]") {
   for (int round = 0; round < 300; ++round) {
     RuntimeBridge bridge;
-    std::stop_source source;
+    stop_source source;
     std::latch go(3);
     Outcome result;
     {
-      std::jthread caller([&] {
+      jthread caller([&] {
         go.arrive_and_wait();
         result = outcome(bridge.block_on_for(park(), 50us, source.get_token()));
       });
-      std::jthread stopper([&] {
+      jthread stopper([&] {
         go.arrive_and_wait();
         source.request_stop();
       });
@@ -244,3 +245,5 @@ TEST_CASE("stop: races with a deadline and context().stop()", "[race]") {
     REQUIRE(bridge.in_flight() == 0);
   }
 }
+
+#endif  // HAS_STOP_TOKEN

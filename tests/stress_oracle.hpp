@@ -6,20 +6,11 @@
 #ifndef RUNTIME_BRIDGE_TESTS_STRESS_ORACLE_HPP
 #define RUNTIME_BRIDGE_TESTS_STRESS_ORACLE_HPP
 
-#include <asio/bind_executor.hpp>
-#include <asio/co_spawn.hpp>
-#include <asio/experimental/awaitable_operators.hpp>
-#include <asio/experimental/channel.hpp>
-#include <asio/experimental/channel_error.hpp>
-#include <asio/multiple_exceptions.hpp>
-#include <asio/strand.hpp>
-#include <asio/thread_pool.hpp>
 #include <atomic>
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
 #include <mutex>
-#include <stop_token>
 #include <string_view>
 
 #include "support.hpp"
@@ -135,7 +126,7 @@ struct Record {
   bool may_start = true;       // false: it must be refused
   bool known_ring = false;     // waiting for it closes a ring
   bool ring_possible = false;  // waiting for it may close a ring
-  std::stop_source source{};
+  stop_source source{};
   Clock::time_point deadline = Clock::time_point::max();
   int started = 0, returned = 0, threw = 0, frames = 0;
 };
@@ -181,7 +172,7 @@ inline awaitable<void> act_together(Record& r, std::chrono::microseconds length)
   }
   if (r.kind == Kind::awaits_either) co_await (nap(r, length) || park());
   if (r.kind == Kind::waits_for_a_channel) {
-    asio::experimental::channel<void(std::error_code, int)> channel(executor);
+    asio::experimental::channel<void(ErrorCode, int)> channel(executor);
     (void)co_await channel.async_receive(use_awaitable);
   }
 }
@@ -267,7 +258,7 @@ inline void judge(const Record& r, const Result<Payload>& result, int held) {
   } catch (const Boom& thrown) {
     boom = true;
     check(thrown.id == r.id, "the exception of another");
-  } catch (const std::system_error& e) {
+  } catch (const AsioError& e) {
     check(e.code() == asio::error::operation_aborted || r.kind == Kind::waits_for_a_channel,
           "an exception from nowhere");
   } catch (const asio::multiple_exceptions&) {

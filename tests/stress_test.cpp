@@ -39,7 +39,7 @@ class World : public Ground {
   }
 
   void run() {
-    std::vector<std::jthread> threads;
+    std::vector<jthread> threads;
     for (std::uint64_t i = 0; i < 3; ++i) {
       threads.emplace_back([this, i] {
         Dice dice(seed_ * 64 + i);
@@ -127,12 +127,20 @@ class World : public Ground {
   auto enter(Record& record, Dice& dice, Task&& task) {
     const RuntimeBridge& bridge = record.entry->bridge;
     const auto limit = dice.one_of({-1us, 0us, 50us, 400us, 2'000us, 20'000us});
-    const bool has_deadline = dice.one_in(3), stopped = dice.one_in(16);
-    const bool stop = dice.one_in(4) || (record.needs_stop() && !has_deadline);
+#ifdef HAS_STOP_TOKEN
+    const stop_token token = record.source.get_token();
+    const bool can_stop = true;
+#else
+    const runtime_bridge::detail::StopToken token;
+    const bool can_stop = false;
+    if (record.kind == Kind::stops_itself) record.kind = Kind::parks;
+#endif
+    const bool has_deadline = dice.one_in(3) || (record.needs_stop() && !can_stop);
+    const bool stopped = dice.one_in(16) && can_stop;
+    const bool stop = can_stop && (dice.one_in(4) || (record.needs_stop() && !has_deadline));
     record.may_start = !stopped && !record.known_ring && !(has_deadline && limit <= 0us) && !record.history->closed;
     if (stopped) record.source.request_stop();
     if (stop) asio::post(pool, [source = record.source]() mutable { source.request_stop(); });
-    const std::stop_token token = record.source.get_token();
     if (!has_deadline) return bridge.block_on(std::forward<Task>(task), token);
     record.deadline = Clock::now() + limit;
     if (limit == 400us) return bridge.block_on_until(std::forward<Task>(task), record.deadline, token);

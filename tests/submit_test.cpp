@@ -188,7 +188,7 @@ TEST_CASE("submit: a stop races with join", "[race]") {
   RuntimeBridge bridge;
   for (int round = 0; round < 1'000; ++round) {
     auto handle = bridge.submit(park());
-    std::jthread stopper([&handle] {
+    jthread stopper([&handle] {
       while (!handle.done()) handle.request_stop();
     });
     REQUIRE(handle.join().error() == BridgeError::Cancelled);
@@ -340,11 +340,11 @@ TEST_CASE("submit: detach runs concurrently with request_stop and done") {
     auto handle = bridge.submit([]() -> awaitable<void> { co_await asio::post(use_awaitable); });
     std::latch go(3);
     {
-      std::jthread stopper([&] {
+      jthread stopper([&] {
         go.arrive_and_wait();
         handle.request_stop();
       });
-      std::jthread asker([&] {
+      jthread asker([&] {
         go.arrive_and_wait();
         (void)handle.done();
       });

@@ -25,43 +25,34 @@
 #include <catch2/catch.hpp>
 #endif
 
-#include <asio/version.hpp>
-#if ASIO_VERSION < 102400
-#include <asio/experimental/deferred.hpp>
-namespace asio {
-using experimental::deferred;
-}
-#else
-#include <asio/deferred.hpp>
-#endif
-
 #include <pthread.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <asio/detached.hpp>
-#include <asio/post.hpp>
-#include <asio/steady_timer.hpp>
-#include <asio/thread_pool.hpp>
+#include <atomic>
 #include <chrono>
+#include <concepts>
 #include <cstdio>
 #include <ctime>
 #include <exception>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <memory>
 #include <optional>
 #include <ostream>
-#include <runtime_bridge.hpp>
 #include <semaphore>
 #include <stdexcept>
 #include <string>
 #include <system_error>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "asio.hpp"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define SANITIZED 1
@@ -83,6 +74,62 @@ constexpr bool counts_descriptors = true;
 
 #ifdef COVERED
 extern "C" void __gcov_dump();
+#endif
+
+// Without it (libc++ without -fexperimental-library) tests that stop a call by a token are left out.
+#ifdef __cpp_lib_jthread
+#define HAS_STOP_TOKEN
+#include <stop_token>
+using std::jthread;
+using std::stop_source;
+using std::stop_token;
+#else
+class stop_token {
+ public:
+  bool stop_requested() const { return *stopped_; }
+
+ protected:
+  std::shared_ptr<std::atomic<bool>> stopped_ = std::make_shared<std::atomic<bool>>(false);
+};
+
+class stop_source : public stop_token {
+ public:
+  bool request_stop() { return !stopped_->exchange(true); }
+};
+
+class jthread {
+ public:
+  jthread() = default;
+  template <class Function>
+  explicit jthread(Function function)
+      : thread_([token = stop_token(source_), f = std::move(function)]() mutable {
+          if constexpr (std::invocable<Function&, stop_token>) {
+            f(token);
+          } else {
+            f();
+          }
+        }) {}
+  jthread(jthread&&) = default;
+  jthread& operator=(jthread&& other) {
+    jthread ended(std::move(*this));
+    source_ = std::move(other.source_);
+    thread_ = std::move(other.thread_);
+    return *this;
+  }
+  ~jthread() {
+    if (thread_.joinable()) {
+      source_.request_stop();
+      thread_.join();
+    }
+  }
+  bool joinable() const { return thread_.joinable(); }
+  auto native_handle() { return thread_.native_handle(); }
+  void join() { thread_.join(); }
+
+ private:
+  stop_source source_;
+  std::thread thread_;
+};
 #endif
 
 using asio::awaitable;
@@ -190,7 +237,7 @@ inline awaitable<void> sleep_for(std::chrono::milliseconds time) {
 inline awaitable<int> park_and_return(int value) {
   try {
     co_await park();
-  } catch (const std::system_error&) {
+  } catch (const AsioError&) {
   }
   co_return value;
 }
@@ -240,11 +287,12 @@ inline std::string what(const std::exception_ptr& cause) {
   }
 }
 
-/// The code of a `std::system_error`; none of anything else.
-inline std::error_code code_of(const std::exception_ptr& cause) {
+/// The code of a `std::system_error`, or of an `AsioError`; none of anything else.
+template <class Error = std::system_error, class Code = std::remove_cvref_t<decltype(std::declval<Error>().code())>>
+Code code_of(const std::exception_ptr& cause) {
   try {
     if (cause) std::rethrow_exception(cause);
-  } catch (const std::system_error& e) {
+  } catch (const Error& e) {
     return e.code();
   } catch (...) {
   }

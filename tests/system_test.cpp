@@ -8,7 +8,6 @@
 #include <sys/resource.h>
 
 #include <array>
-#include <asio/local/stream_protocol.hpp>
 #include <atomic>
 #include <cerrno>
 #include <csignal>
@@ -19,7 +18,6 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <stop_token>
 #include <system_error>
 
 #include "support.hpp"
@@ -90,7 +88,7 @@ TEST_CASE("system: a worker starts once threads are available again", "[child][l
           {
             const RuntimeBridge late(lazy());
             std::latch limited(1);
-            std::vector<std::jthread> callers;
+            std::vector<jthread> callers;
             for (int i = 0; i < 4; ++i) {
               callers.emplace_back([&] {
                 limited.wait();
@@ -154,7 +152,7 @@ TEST_CASE("system: no descriptor is left while a bridge is used", "[child]") {
             for (int i = 0; i < 20; ++i) {
               const auto failed = bridge.block_on(open);
               if (outcome(failed) != BridgeError::ResponseLost) return 1;
-              if (code_of(failed.error().cause()).value() != EMFILE) return 2;
+              if (code_of<AsioError>(failed.error().cause()).value() != EMFILE) return 2;
               if (!none_starts(std::errc::too_many_files_open)) return 3;
               if (bridge.block_on([] { return take(5); }) != 5) return 4;
               if (outcome(bridge.block_on_for(park, 1ms)) != BridgeError::TimedOut) return 5;
@@ -181,7 +179,7 @@ void count_signal(int) {
 }
 
 /// Sends signals to all threads except its own.
-void storm(const std::stop_token& stop) {
+void storm(const stop_token& stop) {
   while (!stop.stop_requested()) {
     for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
       const pid_t thread = std::stoi(task.path().filename());
@@ -221,7 +219,7 @@ TEST_CASE("system: signals do not end a wait early", "[timing]") {
   std::array<bool, 5> right{};
   {
     std::latch ready(5);
-    std::vector<std::jthread> callers;
+    std::vector<jthread> callers;
     for (std::size_t i = 0; i < waits.size(); ++i) {
       callers.emplace_back([&, i] {
         ready.arrive_and_wait();
@@ -229,7 +227,7 @@ TEST_CASE("system: signals do not end a wait early", "[timing]") {
       });
     }
     ready.wait();
-    const std::jthread interrupter(storm);
+    const jthread interrupter(storm);
     callers.clear();
   }
   signal(SIGUSR1, SIG_IGN);  // some may still be pending
@@ -301,10 +299,9 @@ TEST_CASE("system: fork while threads wait", "[child]") {
     await_calls(*bridges.at(i), 1);
   }
   {
-    std::stop_source stop;
-    std::list<std::jthread> threads;  // with a vector, g++ 12 warns about its own header
+    std::list<jthread> threads;  // with a vector, g++ 12 warns about its own header
     threads.emplace_back([&, &bridge = *bridges[0]] {
-      if (outcome(bridge.block_on(park, stop.get_token())) == BridgeError::Cancelled) ++cancelled;
+      if (outcome(bridge.block_on(park)) == BridgeError::Cancelled) ++cancelled;
     });
     threads.emplace_back([&] {
       if (outcome(parked[1].join()) == BridgeError::Cancelled) ++cancelled;
@@ -322,7 +319,7 @@ TEST_CASE("system: fork while threads wait", "[child]") {
                 return 0;
               }) == 0);
     }
-    stop.request_stop();
+    bridges[0]->shutdown(Shutdown::cancel);
     for (auto& handle : parked) handle.request_stop();
   }
   CHECK(outcome(parked[2].join()) == BridgeError::Cancelled);
@@ -361,9 +358,9 @@ TEST_CASE("system: hundreds of forks while threads call, submit, stop, shut down
       },
   };
   auto parked = first->submit(park);
-  std::vector<std::jthread> threads;
+  std::vector<jthread> threads;
   for (const auto& load : loads) {
-    threads.emplace_back([&](const std::stop_token& stop) {
+    threads.emplace_back([&](const stop_token& stop) {
       for (; !stop.stop_requested(); ++calls) wrong += load() ? 0 : 1;
     });
   }
@@ -484,7 +481,7 @@ TEST_CASE("system: thread_local bridges of threads and of another bridge's worke
     served += bridge.block_on([] { return take(5); }).value_or(0);
   };
   {
-    std::vector<std::jthread> threads;
+    std::vector<jthread> threads;
     for (int i = 0; i < 4; ++i) threads.emplace_back(use);
   }
   CHECK(served == 4 * 6);
@@ -503,7 +500,7 @@ TEST_CASE("system: a thread_local bridge that outlives those of main", "[child]"
           }};
           static RuntimeBridge of_the_program;
           static std::latch begun(1);
-          static const std::jthread thread([] {  // exit joins it, after main's thread_locals
+          static const jthread thread([] {  // exit joins it, after main's thread_locals
             thread_local RuntimeBridge bridge;
             served += bridge.block_on([] { return 1; }).value_or(0);
             begun.count_down();
@@ -644,7 +641,7 @@ TEST_CASE("system: libraries with bridges are loaded and closed concurrently", "
   CHECK(in_child_process([]() -> int {
           const RuntimeBridge own;
           std::atomic<int> wrong{0};
-          std::vector<std::jthread> threads;
+          std::vector<jthread> threads;
           for (const char* path : {PLUGIN, PLUGIN_HIDDEN, PLUGIN_HIDDEN}) {
             threads.emplace_back([&, path] {
               for (int round = 0; round < 30; ++round) {

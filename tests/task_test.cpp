@@ -150,7 +150,7 @@ TEST_CASE("task: calls from different threads run concurrently") {
   RuntimeBridge bridge;
   // The first task ends only after the second has run.
   bool second_has_run = false;
-  std::jthread caller([&] { unwrap(bridge.block_on(run_until(second_has_run))); });
+  jthread caller([&] { unwrap(bridge.block_on(run_until(second_has_run))); });
   await_state([&] { return bridge.in_flight() == 1; });
   unwrap(bridge.block_on([&] { second_has_run = true; }));
   caller.join();

@@ -3,9 +3,6 @@
 // What the README says about `co_spawn(context, task, use_future).get()`, with the Asio in use. A wait counts as
 // endless if it takes 100 ms.
 
-#include <asio/co_spawn.hpp>
-#include <asio/executor_work_guard.hpp>
-#include <asio/use_future.hpp>
 #include <atomic>
 #include <chrono>
 #include <future>

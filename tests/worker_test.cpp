@@ -67,7 +67,7 @@ TEST_CASE("worker: an exception of a raw handler goes to the hook, and the loop 
 
   Outcome neighbour;
   std::atomic<bool> may_end{false};
-  std::jthread other([&] { neighbour = outcome(bridge.block_on(run_until(may_end))); });
+  jthread other([&] { neighbour = outcome(bridge.block_on(run_until(may_end))); });
   await_state([&] { return bridge.in_flight() == 1; });
 
   asio::post(bridge.get_executor(), [] { throw std::runtime_error("first"); });
@@ -92,7 +92,7 @@ TEST_CASE("worker: in_flight counts the calls that have not ended") {
   CHECK(bridge.block_on([&] { return bridge.in_flight(); }) == 1u);
   std::atomic<bool> may_end{false};
   {
-    std::vector<std::jthread> callers;
+    std::vector<jthread> callers;
     for (int i = 0; i < 3; ++i) {
       callers.emplace_back([&] { unwrap(bridge.block_on(run_until(may_end))); });
     }
@@ -201,7 +201,7 @@ TEST_CASE("start: 64 concurrent first calls start one thread", "[race]") {
     std::mutex mutex;
     std::set<std::thread::id> workers;
     {
-      std::vector<std::jthread> callers;
+      std::vector<jthread> callers;
       for (int i = 0; i < 64; ++i) {
         callers.emplace_back([&] {
           go.arrive_and_wait();
@@ -227,7 +227,7 @@ TEST_CASE("start: the first call races with context().stop() and shutdown", "[ra
     RuntimeBridge bridge(lazy());
     std::latch go(2);
     Outcome first;
-    std::jthread caller([&] {
+    jthread caller([&] {
       go.arrive_and_wait();
       first = outcome(bridge.block_on([] { return 1; }));
     });

@@ -2,10 +2,13 @@
 //
 // The program of every consumer.
 
-#include <asio/awaitable.hpp>
+#ifdef RUNTIME_BRIDGE_USE_BOOST_ASIO
+#include <boost/asio/steady_timer.hpp>
+namespace asio = boost::asio;
+#else
 #include <asio/steady_timer.hpp>
-#include <asio/this_coro.hpp>
-#include <asio/use_awaitable.hpp>
+#endif
+
 #include <chrono>
 #include <iostream>
 #include <runtime_bridge.hpp>

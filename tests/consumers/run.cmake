@@ -16,7 +16,7 @@ if(CONFIG)
 endif()
 separate_arguments(flags UNIX_COMMAND "${FLAGS}")
 set(includes -I${REPOSITORY}/include)
-foreach(dir IN LISTS ASIO EXPECTED)
+foreach(dir IN LISTS ASIO BOOST EXPECTED)
   if(NOT dir STREQUAL "/usr/include")  # with -isystem, #include_next would not find its headers
     list(APPEND includes -isystem ${dir})
   endif()
@@ -41,7 +41,7 @@ function(configure_command folder)
   set(command ${CMAKE_COMMAND} -S ${here}/${folder} -B ${work} -G ${GENERATOR} --no-warn-unused-cli
     -DCMAKE_MAKE_PROGRAM=${MAKE_PROGRAM} -DCMAKE_CXX_COMPILER=${COMPILER} -DCMAKE_CXX_FLAGS=${FLAGS}
     -DCMAKE_BUILD_TYPE=${CONFIG} -DCMAKE_RUNTIME_OUTPUT_DIRECTORY=$<1:${work}>
-    -DVERSION=${VERSION} -DCMAKE_PREFIX_PATH=${prefix} ${ARGN})
+    -DVERSION=${VERSION} -DLIBRARY=runtime_bridge::runtime_bridge -DCMAKE_PREFIX_PATH=${prefix} ${ARGN})
   if(STANDARD AND NOT ARGN MATCHES "CMAKE_CXX_STANDARD")
     list(APPEND command -DCMAKE_CXX_STANDARD=${STANDARD})
   endif()
@@ -80,15 +80,18 @@ endfunction()
 
 # The consumers use the dependencies that this project found.
 set(dependencies "")
-foreach(name IN ITEMS ASIO EXPECTED)
+foreach(name IN ITEMS ASIO BOOST EXPECTED)
   if(${name})
     list(GET ${name} 0 ${name})
     list(APPEND dependencies -DRUNTIME_BRIDGE_${name}_INCLUDE_DIR=${${name}})
   endif()
 endforeach()
+set(boost -DRUNTIME_BRIDGE_COMPONENTS=boost -DCOMPONENTS=boost -DLIBRARY=runtime_bridge::boost)
 # As on a machine that has no dependencies installed.
 set(bare -DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF -DCMAKE_FIND_USE_SYSTEM_ENVIRONMENT_PATH=OFF
   -DCMAKE_FIND_USE_CMAKE_ENVIRONMENT_PATH=OFF -DCMAKE_FIND_USE_PACKAGE_REGISTRY=OFF)
+set(ways_out_boost
+  "needs Boost 1\\.81 or newer" "apt install libboost-dev" "a target Boost::headers" "-DRUNTIME_BRIDGE_BOOST_INCLUDE_DIR=")
 set(ways_out_asio
   "needs standalone Asio 1\\.22\\.1 or newer" "apt install libasio-dev" "a target asio::asio"
   "-DRUNTIME_BRIDGE_ASIO_INCLUDE_DIR=" "-DRUNTIME_BRIDGE_FETCH_DEPENDENCIES=ON")
@@ -153,6 +156,44 @@ elseif(CASE STREQUAL "missing_expected")
 elseif(CASE STREQUAL "std_expected")
   consume(add_subdirectory ${bare} -DRUNTIME_BRIDGE_ASIO_INCLUDE_DIR=${ASIO} -DCMAKE_CXX_STANDARD=23)
 
+elseif(CASE STREQUAL "components")
+  refuse(add_subdirectory -DRUNTIME_BRIDGE_COMPONENTS=curl
+    REASON "has no component \"curl\"" "components are: asio, boost")
+
+elseif(CASE STREQUAL "boost_add_subdirectory")
+  consume(add_subdirectory ${bare} ${dependencies} ${boost})
+
+elseif(CASE STREQUAL "boost_fetch_content")
+  consume(fetch_content ${bare} ${dependencies} ${boost})
+
+elseif(CASE STREQUAL "boost_own_targets")
+  if(NOT BOOST OR NOT EXPECTED)
+    message("skipped: the folders of Boost and tl::expected are not known")
+    return()
+  endif()
+  consume(own_targets ${bare} ${boost} -DOWN_BOOST=${BOOST} -DOWN_EXPECTED=${EXPECTED})
+
+elseif(CASE STREQUAL "boost_plain")
+  compile(${here}/main.cpp ${includes} -DRUNTIME_BRIDGE_USE_BOOST_ASIO -pthread)
+
+elseif(CASE STREQUAL "missing_boost")
+  refuse(add_subdirectory ${bare} ${boost} REASON "it was not found" ${ways_out_boost})
+
+elseif(CASE STREQUAL "old_boost")
+  file(WRITE ${work}/old/boost/version.hpp "#define BOOST_VERSION 107400\n")
+  refuse(add_subdirectory ${boost} -DRUNTIME_BRIDGE_BOOST_INCLUDE_DIR=${work}/old
+    REASON "too old" "BOOST_VERSION 107400" ${ways_out_boost})
+
+elseif(CASE MATCHES "^two_flavours")
+  set(units ${here}/two_flavours/main.cpp ${here}/two_flavours/boost.cpp)
+  if(CASE STREQUAL "two_flavours_separately")
+    list(APPEND units ${here}/separate_compilation.cpp ${here}/two_flavours/separate_compilation.cpp)
+    list(APPEND includes -DRUNTIME_BRIDGE_SEPARATE_COMPILATION)
+  elseif(COMPILER_ID STREQUAL "GNU")
+    list(APPEND includes -flto -flto-partition=one -Wodr)  # warns of a class that differs between the two files
+  endif()
+  compile("${units}" ${includes} -pthread)
+
 elseif(CASE STREQUAL "install")
   file(REMOVE_RECURSE ${prefix})
   run(${CMAKE_COMMAND} --install ${BUILD} ${config} --prefix ${prefix})
@@ -168,14 +209,28 @@ elseif(CASE STREQUAL "installed_missing_asio")
   refuse(find_package ${bare}
     REASON "set runtime_bridge_FOUND to FALSE" "Reason given by package" "it was not found" ${ways_out_asio})
 
-elseif(CASE STREQUAL "pkg_config")
+elseif(CASE STREQUAL "boost_find_package")
+  consume(find_package ${bare} ${dependencies} ${boost})
+
+elseif(CASE STREQUAL "both_components")
+  consume(find_package ${dependencies} "-DCOMPONENTS=asio boost")
+
+elseif(CASE STREQUAL "installed_missing_boost")
+  refuse(find_package ${bare} ${boost}
+    REASON "set runtime_bridge_FOUND to FALSE" "Reason given by package" "it was not found" ${ways_out_boost})
+
+elseif(CASE MATCHES "pkg_config$")
+  set(package runtime_bridge)
+  if(CASE STREQUAL "boost_pkg_config")
+    set(package runtime_bridge-boost)
+  endif()
   if(NOT PKG_CONFIG)
     message("skipped: there is no pkg-config")
     return()
   endif()
   set(ENV{PKG_CONFIG_PATH} ${prefix}/share/pkgconfig)
-  run(${PKG_CONFIG} --exact-version=${VERSION} runtime_bridge)
-  run(${PKG_CONFIG} --cflags --libs runtime_bridge)
+  run(${PKG_CONFIG} --exact-version=${VERSION} ${package})
+  run(${PKG_CONFIG} --cflags --libs ${package})
   separate_arguments(output UNIX_COMMAND "${output}")
   list(REMOVE_AT includes 0)  # this project's own: the installed header must be used
   compile(${here}/main.cpp ${output} ${includes})

@@ -3,11 +3,19 @@
 // The macros of a header that somebody includes first, as <windows.h> is. The standard library and Asio must have been
 // there before, since they do not mind them either way.
 
-#include <array>
+#ifdef RUNTIME_BRIDGE_USE_BOOST_ASIO
+#include <boost/asio.hpp>
+#include <boost/asio/detail/signal_set_service.hpp>
+#include <boost/asio/experimental/channel.hpp>
+#include <boost/asio/experimental/concurrent_channel.hpp>
+#else
 #include <asio.hpp>
 #include <asio/detail/signal_set_service.hpp>
 #include <asio/experimental/channel.hpp>
 #include <asio/experimental/concurrent_channel.hpp>
+#endif
+
+#include <array>
 #include <atomic>
 #include <cassert>
 #include <chrono>

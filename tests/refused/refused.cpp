@@ -2,23 +2,15 @@
 //
 // Compiled once for each CASE. The words that the compiler must say are in CMakeLists.txt.
 
-#include <asio/steady_timer.hpp>
-#include <asio/thread_pool.hpp>
-#include <asio/version.hpp>
 #include <chrono>
 #include <coroutine>
 #include <memory>
 #include <mutex>
-#include <runtime_bridge.hpp>
 #include <utility>
-#if ASIO_VERSION < 102400
-#include <asio/experimental/deferred.hpp>
-using asio::experimental::deferred;
-#else
-#include <asio/deferred.hpp>
-using asio::deferred;
-#endif
 
+#include "../asio.hpp"
+
+using asio::deferred;
 using runtime_bridge::RuntimeBridge;
 
 asio::awaitable<int> task() { co_return 1; }

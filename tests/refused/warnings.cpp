@@ -6,8 +6,13 @@
 #include <memory>
 #include <ostream>
 #include <runtime_bridge.hpp>
+#include <stop_token>
 #include <string>
 #include <utility>
+
+#ifdef RUNTIME_BRIDGE_USE_BOOST_ASIO
+namespace asio = boost::asio;
+#endif
 
 using namespace runtime_bridge;
 

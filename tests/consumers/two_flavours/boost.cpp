@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#define RUNTIME_BRIDGE_USE_BOOST_ASIO
+#include <boost/asio/awaitable.hpp>
+#include <runtime_bridge.hpp>
+
+namespace {
+
+boost::asio::awaitable<int> incremented(int number) { co_return number + 1; }
+
+}  // namespace
+
+runtime_bridge::Result<int> on_boost(int number) {
+  return runtime_bridge::RuntimeBridge().block_on(incremented(number));
+}
