@@ -13,6 +13,7 @@
 #include <boost/asio/steady_timer.hpp>
 #include <boost/asio/use_awaitable.hpp>
 #include <boost/redis/connection.hpp>
+#include <boost/version.hpp>
 #include <chrono>
 #include <cstddef>
 #include <memory>
@@ -53,7 +54,13 @@ T value_of(boost::redis::adapter::result<T>& answer) {
 class RedisConnection {
  public:
   RedisConnection(const asio::any_io_executor& executor, boost::redis::config config)
-      : connection_(executor), pause_(executor), config_(std::move(config)) {
+#if BOOST_VERSION >= 109000
+      : connection_(executor, boost::redis::logger(boost::redis::logger::level::disabled)),
+#else
+      : connection_(executor),
+#endif
+        pause_(executor),
+        config_(std::move(config)) {
     config_.reconnect_wait_interval = std::chrono::seconds(0);  // run() reconnects
   }
 
@@ -65,10 +72,14 @@ class RedisConnection {
     boost::system::error_code ignored;
     while (!self->closed_) {
       self->problem_ = {};
-      co_await self->connection_.async_run(self->config_, {boost::redis::logger::level::disabled},
-                                           asio::redirect_error(asio::use_awaitable, self->problem_));
-      self->connection_.cancel(boost::redis::operation::exec);
+      const auto token = asio::redirect_error(asio::use_awaitable, self->problem_);
+#if BOOST_VERSION >= 109000
+      co_await self->connection_.async_run(self->config_, token);
+#else
+      co_await self->connection_.async_run(self->config_, {boost::redis::logger::level::disabled}, token);
       self->connection_.reset_stream();
+#endif
+      self->connection_.cancel(boost::redis::operation::exec);
       if (self->closed_) break;
       self->pause_.expires_after(std::chrono::milliseconds(50));
       co_await self->pause_.async_wait(asio::redirect_error(asio::use_awaitable, ignored));
