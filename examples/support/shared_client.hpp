@@ -7,12 +7,12 @@
 
 #include <runtime_bridge.hpp>
 
-#include <asio/awaitable.hpp>
 #include <chrono>
 #include <memory>
 #include <type_traits>
 #include <utility>
 
+#include "support/asio.hpp"
 #include "support/backends.hpp"
 
 /// Turns what a task returns or throws into an outcome. `describe` is called while the exception is handled; it
@@ -33,18 +33,23 @@ asio::awaitable<Outcome<T>> outcome_of(asio::awaitable<T> task, BackendError (*d
 
 // [readme]
 /// Copies are cheap: they share one bridge, whose worker starts with the first call, and one client. `Client` has a
-/// function close(), which ends its connections. `describe` is as in `outcome_of`.
+/// function close(), which ends its connections. If it needs tasks in the background, it has a function use(bridge),
+/// and submits them to this bridge. `describe` is as in `outcome_of`.
 template <class Client, BackendError (*describe)()>
 class SharedClient {
   struct Shared {
     template <class Make>
-    explicit Shared(Make make) : client(make(bridge.get_executor())) {}
+    explicit Shared(Make make) : client(make(bridge.get_executor())) {
+      if constexpr (requires { client.use(bridge); }) client.use(bridge);
+    }
     Shared(const Shared&) = delete;
     Shared& operator=(const Shared&) = delete;
     // A task may own the last copy. This then runs on the worker, where block_on is refused and close() may be called.
     ~Shared() {
       const auto closed = bridge.block_on([&] { client.close(); });
       if (!closed && closed.error() == runtime_bridge::BridgeError::WouldDeadlock) client.close();
+      // Wait for the tasks in the background. If the bridge were stopped under them, they could use what is destroyed.
+      bridge.shutdown(runtime_bridge::Shutdown::drain, std::chrono::seconds(10));
     }
     runtime_bridge::RuntimeBridge bridge{{.start = runtime_bridge::Start::lazy}};
     Client client;  // declared last: its connections must be destroyed before the bridge
