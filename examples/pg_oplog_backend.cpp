@@ -146,19 +146,6 @@ class PgOpLogBackend final : public OpLogBackend {
 // ---------------------------------------------------------------------------------------------------------------------
 // The program
 
-/// Retries the append with the same id until it succeeds, for up to a minute.
-std::int64_t append_with_retries(PgOpLogBackend log, const std::vector<std::string>& operations, const std::string& id,
-                                 std::atomic<int>& errors) {
-  const auto deadline = steady_clock::now() + 60s;
-  for (auto pause = 5ms;; pause = std::min(2 * pause, 200ms)) {
-    const Outcome<std::int64_t> number = log.append(operations, id);
-    if (number) return *number;
-    ++errors;
-    check(number.error().kind != BackendError::Refused && steady_clock::now() < deadline, number.error().message);
-    std::this_thread::sleep_for(pause);
-  }
-}
-
 /// Appends from eight threads. If there is a command, one thread runs it halfway, and the others append until it is
 /// done.
 void many_callers(PgOpLogBackend log, const std::string& command) {
@@ -173,7 +160,7 @@ void many_callers(PgOpLogBackend log, const std::string& command) {
     for (int i = 0, after = 0; i < batches || after < 3; ++i) {
       if (command_done) ++after;
       const std::string id = std::to_string(caller) + "-" + std::to_string(i);
-      const std::int64_t number = append_with_retries(log, {id, text}, id, errors);
+      const std::int64_t number = until_it_succeeds(errors, [&] { return log.append({id, text}, id); });
       check(acknowledged.empty() || number > acknowledged.rbegin()->first, "a later batch has a smaller number");
       acknowledged.emplace(number, id);
       if (++appended == callers * batches / 2 && !command.empty()) {

@@ -4,23 +4,16 @@
 
 #include <libpq-fe.h>
 
-#include <algorithm>
-#include <array>
 #include <asio/awaitable.hpp>
 #include <chrono>
 #include <cstddef>
-#include <exception>
 #include <functional>
-#include <future>
 #include <iomanip>
 #include <iostream>
-#include <latch>
 #include <memory>
 #include <optional>
 #include <random>
-#include <stdexcept>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -28,6 +21,7 @@
 #include "support/pg.hpp"
 #include "support/pg_backend.hpp"
 #include "support/program.hpp"
+#include "support/ref_checks.hpp"
 
 namespace {
 
@@ -85,42 +79,6 @@ class PgRefBackend final : public RefBackend {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The program
-
-const char* yes_or_no(bool yes) { return yes ? "yes" : "no"; }
-
-void five_operations(PgRefBackend refs, const std::string& folder) {
-  const std::string main = folder + "main", topic = folder + "topic";
-  need(refs.set(main, "a1"));
-  std::cout << "set main to a1, then get it: " << need(refs.get(main)).value_or("nothing") << '\n';
-  const bool first = need(refs.compare_and_set(main, "a1", "b2")),
-             second = need(refs.compare_and_set(main, "a1", "c3"));
-  std::cout << "set it to b2 if it is a1: " << yes_or_no(first) << "; to c3 if it is a1: " << yes_or_no(second) << '\n';
-  const bool made = need(refs.compare_and_set(topic, std::nullopt, "d4")),
-             made_again = need(refs.compare_and_set(topic, std::nullopt, "e5"));
-  std::cout << "set topic to d4 if it is absent: " << yes_or_no(made) << "; to e5: " << yes_or_no(made_again) << '\n';
-  std::cout << "list:";
-  for (const std::string& name : need(refs.list(folder))) std::cout << ' ' << name.substr(folder.size());
-  const bool removed = need(refs.remove(topic)), removed_again = need(refs.remove(topic));
-  std::cout << "\nremove topic: " << yes_or_no(removed) << "; again: " << yes_or_no(removed_again) << '\n';
-  need(refs.remove(main));
-}
-
-/// In every other round the reference does not exist at first.
-void race(PgRefBackend refs, const std::string& name) {
-  constexpr int threads = 8, rounds = 60;
-  std::optional<std::string> now;
-  for (int round = 0; round < rounds; ++round) {
-    const auto mine = [&](int thread) { return std::to_string(round) + " by " + std::to_string(thread); };
-    const std::vector<bool> won =
-        from_threads(threads, [&](int i) { return need(refs.compare_and_set(name, now, mine(i))); });
-    check(std::ranges::count(won, true) == 1, "a round of the race does not have exactly one winner");
-    now = need(refs.get(name));
-    check(now == mine(static_cast<int>(std::ranges::find(won, true) - won.begin())), "the winner's value is not there");
-    if (round % 2 == 1) check(need(refs.remove(name)), "the reference is gone"), now.reset();
-  }
-  need(refs.remove(name));
-  std::cout << "race: " << threads << " threads, " << rounds << " rounds, exactly one winner in each\n";
-}
 
 void concurrent_callers(const PgClient& client) {
   constexpr int callers = 4;

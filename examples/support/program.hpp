@@ -10,6 +10,8 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <exception>
 #include <future>
@@ -74,6 +76,21 @@ auto from_threads(int count, Function function) {
     std::vector<Value> values;
     for (auto& thread : threads) values.push_back(thread.get());
     return values;
+  }
+}
+
+/// Repeats the call until it succeeds, for up to a minute. It may have taken effect each time.
+template <class Function>
+auto until_it_succeeds(std::atomic<int>& errors, Function function) {
+  using namespace std::chrono_literals;
+  const auto deadline = std::chrono::steady_clock::now() + 60s;
+  for (auto pause = 5ms;; pause = std::min(2 * pause, 200ms)) {
+    auto outcome = function();
+    if (outcome) return *std::move(outcome);
+    ++errors;
+    check(outcome.error().kind != BackendError::Refused && std::chrono::steady_clock::now() < deadline,
+          outcome.error().message);
+    std::this_thread::sleep_for(pause);
   }
 }
 

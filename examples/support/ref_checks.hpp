@@ -7,14 +7,11 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstddef>
 #include <cstdlib>
 #include <iostream>
 #include <optional>
 #include <string>
-#include <thread>
-#include <utility>
 #include <vector>
 
 #include "support/backends.hpp"
@@ -57,21 +54,6 @@ inline void race(RefBackend& refs, const std::string& name) {
   }
   need(refs.remove(name));
   std::cout << "race: " << threads << " threads, " << rounds << " rounds, exactly one winner in each\n";
-}
-
-/// Repeats the call until it succeeds, for up to a minute. It may have taken effect each time.
-template <class Function>
-auto until_it_succeeds(std::atomic<int>& errors, Function function) {
-  using namespace std::chrono_literals;
-  const auto deadline = std::chrono::steady_clock::now() + 60s;
-  for (auto pause = 5ms;; pause = std::min(2 * pause, 200ms)) {
-    auto outcome = function();
-    if (outcome) return *std::move(outcome);
-    ++errors;
-    check(outcome.error().kind != BackendError::Refused && std::chrono::steady_clock::now() < deadline,
-          outcome.error().message);
-    std::this_thread::sleep_for(pause);
-  }
 }
 
 /// Eight threads set a reference each, again and again. One of them runs the command halfway, and the others go on
