@@ -466,7 +466,7 @@ TEST_CASE("hard stop: nothing is cancelled after operations were destroyed") {
     co_await park_stubbornly();
   });
   await_calls(*bridge, 2);
-  std::jthread stops([&] { bridge.reset(); });
+  jthread stops([&] { bridge.reset(); });
   await_state([&] { return destroyed.load(); });
   stubborn.go_on();
   stops.join();
