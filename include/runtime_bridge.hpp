@@ -936,7 +936,8 @@ class Context : public net::io_context {
       function();
     });
     int handlers = 0;
-    do {  // the queue is served in order
+    // The queue is served in order. NOLINTNEXTLINE(bugprone-infinite-loop): the handler ends it
+    do {
       run_ready_handler();
       ++handlers;
     } while (!passed);
