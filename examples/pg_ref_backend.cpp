@@ -80,15 +80,6 @@ class PgRefBackend final : public RefBackend {
 // ---------------------------------------------------------------------------------------------------------------------
 // The program
 
-void concurrent_callers(const PgClient& client) {
-  constexpr int callers = 4;
-  const auto start = steady_clock::now();
-  from_threads(callers, [&](int) { return need(client.run("select pg_sleep(0.25)")); });
-  const auto elapsed = (steady_clock::now() - start) / 1ms;
-  std::cout << "pg_sleep(0.25) from " << callers << " callers: " << elapsed << " ms\n";
-  check(elapsed < callers * 250 / 2, "the calls did not run concurrently");
-}
-
 // Each round measures all ways, one after the other, so that other load on the machine affects all. A processor that
 // sleeps takes 20 to 50 us to wake up, and the bridge wakes twice as many threads as libpq.
 void benchmark(const PgClient& client, const std::string& conninfo, int callers) {
@@ -157,7 +148,7 @@ void run(CLI::App& app, int count, char** arguments) {
   const std::string folder = std::to_string(std::random_device()()) + "/";
   five_operations(refs, folder);
   race(refs, folder + "race");
-  concurrent_callers(client);
+  concurrent_callers("pg_sleep(0.25)", [&] { return client.run("select pg_sleep(0.25)"); });
 }
 
 }  // namespace

@@ -138,10 +138,6 @@ class S3ObjectStore final : public ObjectStore {
 // ---------------------------------------------------------------------------------------------------------------------
 // The program
 
-std::chrono::milliseconds since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - start);
-}
-
 /// The peak memory use of this process, in KiB.
 long peak_memory() {
   rusage usage{};

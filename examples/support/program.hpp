@@ -94,6 +94,10 @@ auto until_it_succeeds(std::atomic<int>& errors, Function function) {
   }
 }
 
+inline std::chrono::milliseconds since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now() - start);
+}
+
 /// Keeps all processors awake, with threads that give way to any other. A processor that sleeps takes 20 to 50 us to
 /// wake up, which says more about the machine than about a client.
 class SpinningThreads {

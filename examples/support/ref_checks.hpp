@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdlib>
 #include <iostream>
@@ -54,6 +55,17 @@ inline void race(RefBackend& refs, const std::string& name) {
   }
   need(refs.remove(name));
   std::cout << "race: " << threads << " threads, " << rounds << " rounds, exactly one winner in each\n";
+}
+
+/// `sleep` is a call that takes 250 ms at the server.
+template <class Function>
+void concurrent_callers(const std::string& name, Function sleep) {
+  constexpr int callers = 4;
+  const auto start = std::chrono::steady_clock::now();
+  from_threads(callers, [&](int) { return need(sleep()); });
+  const auto elapsed = since(start).count();
+  std::cout << name << " from " << callers << " callers: " << elapsed << " ms\n";
+  check(elapsed < callers * 250 / 2, "the calls did not run concurrently");
 }
 
 /// Eight threads set a reference each, again and again. One of them runs the command halfway, and the others go on
