@@ -29,13 +29,14 @@
 //    7  Gate: admits calls, counts them
 //    8  Context: the io_context, and the destruction of what waits on it
 //    9  Wait graph: which worker waits for which bridge
-//   10  Spin policy: how long to busy-wait before sleeping
-//   11  Call reference: the last one completes the call
-//   12  Cancellation signals: the worker's pool
-//   13  Call: where caller and worker meet
-//   14  Worker: thread, loop, stop
-//   15  Task call: the task and the value of a call
-//   16  RuntimeBridge and JoinHandle: the public face
+//   10  Call registry: which calls are in flight, for those who ask
+//   11  Spin policy: how long to busy-wait before sleeping
+//   12  Call reference: the last one completes the call
+//   13  Cancellation signals: the worker's pool
+//   14  Call: where caller and worker meet
+//   15  Worker: thread, loop, stop
+//   16  Task call: the task and the value of a call
+//   17  RuntimeBridge and JoinHandle: the public face
 //
 // A call's way: RuntimeBridge::block_on -> Worker::block -> Worker::send -> (on the worker) Worker::begin ->
 // Call::start -> drive -> CallRef::~CallRef -> Worker::complete -> the caller wakes.
@@ -48,6 +49,8 @@
 //     for cancellation. The promise orders the two.
 //   - Gate, fork counter, spin counters and a call's "shared" part are atomics: any thread.
 //   - The wait graph has one lock, the thread and its state (`Worker::mutex_`) another; they are never held together.
+//   - The registry has a lock for the calls of each bridge and one for all bridges. They are leaves: only those who ask
+//     take another lock in them, in the order bridges, calls, wait graph.
 //   - The Worker object is co-owned by the bridge, the thread, the handles and each call that is waited for.
 
 // =====================================================================================================================
@@ -151,6 +154,7 @@
 
 #ifdef RUNTIME_BRIDGE_HAS_ASIO
 #include <pthread.h>
+#include <time.h>
 
 #include <algorithm>
 #include <array>
@@ -166,18 +170,23 @@
 #include <forward_list>
 #include <functional>
 #include <future>
+#include <limits>
+#include <locale>
 #include <memory>
 #include <mutex>
 #include <new>
 #include <optional>
 #include <ostream>
+#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <system_error>
 #include <thread>
 #include <type_traits>
 #include <utility>
 #include <variant>
+#include <vector>
 
 // The flavour: which Asio, and which `expected`. What depends on it lies in a namespace of its own, so that one program
 // may use several. The rest is shared: all flavours have the same `BridgeError`, and one graph of who waits for whom.
@@ -193,6 +202,9 @@
 
 #ifdef __cpp_lib_jthread
 #include <stop_token>
+#endif
+#ifdef __cpp_lib_source_location
+#include <source_location>
 #endif
 #ifdef __FreeBSD__
 #include <pthread_np.h>
@@ -238,6 +250,35 @@
 /// not unload a plugin before the bridges that it has called are destroyed: the worker runs its code.
 namespace runtime_bridge {
 inline namespace v0_1 {
+
+#ifdef __cpp_lib_source_location
+using SourceLocation = std::source_location;
+#else
+/// Stands for `std::source_location`, where the standard library has none, as with clang 14.
+class SourceLocation {
+ public:
+  static constexpr SourceLocation current(const char* file = __builtin_FILE(),
+                                          const char* function = __builtin_FUNCTION(),
+                                          std::uint_least32_t line = __builtin_LINE()) noexcept {
+    SourceLocation here;
+    here.file_ = file;
+    here.function_ = function;
+    here.line_ = line;
+    return here;
+  }
+
+  [[nodiscard]] constexpr const char* file_name() const noexcept { return file_; }
+  [[nodiscard]] constexpr const char* function_name() const noexcept { return function_; }
+  [[nodiscard]] constexpr std::uint_least32_t line() const noexcept { return line_; }
+  [[nodiscard]] static constexpr std::uint_least32_t column() noexcept { return 0; }
+
+ private:
+  const char* file_ = "";
+  const char* function_ = "";
+  std::uint_least32_t line_ = 0;
+};
+#endif
+
 namespace detail {
 
 inline namespace RUNTIME_BRIDGE_FLAVOUR {
@@ -310,6 +351,27 @@ inline void name_thread([[maybe_unused]] const std::string& name) noexcept {
 #endif
 }
 
+/// The name of a thread that is alive; empty if the system has none for it.
+inline std::string thread_name([[maybe_unused]] pthread_t thread) {
+  std::array<char, 64> text{};
+#if defined(__linux__) || defined(__APPLE__) || defined(__FreeBSD__)
+  if (pthread_getname_np(thread, text.data(), text.size()) != 0) return {};
+#endif
+  return text.data();
+}
+
+/// The time of `steady_clock`, some milliseconds late but cheap where the system can do that.
+inline std::chrono::steady_clock::time_point coarse_now() noexcept {
+#ifdef __linux__
+  timespec time{};
+  clock_gettime(CLOCK_MONOTONIC_COARSE, &time);
+  return std::chrono::steady_clock::time_point(std::chrono::seconds(time.tv_sec) +
+                                               std::chrono::nanoseconds(time.tv_nsec));
+#else
+  return std::chrono::steady_clock::now();
+#endif
+}
+
 /// Tells the processor that this is a busy-wait.
 inline void pause() noexcept {
 #if defined(__x86_64__) || defined(__i386__)
@@ -357,6 +419,7 @@ class [[nodiscard]] BridgeError {
     TimedOut,        ///< The deadline passed. The task was cancelled and has ended.
     Cancelled,       ///< A stop was requested. The task was cancelled and has ended.
     WouldDeadlock,   ///< The task was not started: the caller would wait for itself.
+    Overloaded,      ///< The task was not started: `Options::max_in_flight` calls are in flight.
   };
 
   BridgeError() noexcept = default;
@@ -403,6 +466,7 @@ class ErrorCategory final : public std::error_category {
       case BridgeError::TimedOut: return "the deadline passed and the task was cancelled";
       case BridgeError::Cancelled: return "a stop was requested and the task was cancelled";
       case BridgeError::WouldDeadlock: return "the call would wait for itself";
+      case BridgeError::Overloaded: return "too many calls are in flight";
       default: return "unknown error";
     }
   }
@@ -412,6 +476,7 @@ class ErrorCategory final : public std::error_category {
       case BridgeError::TimedOut: return std::errc::timed_out;
       case BridgeError::Cancelled: return std::errc::operation_canceled;
       case BridgeError::WouldDeadlock: return std::errc::resource_deadlock_would_occur;
+      case BridgeError::Overloaded: return std::errc::resource_unavailable_try_again;
       default: return {kind, *this};
     }
   }
@@ -523,7 +588,7 @@ inline unexpected<BridgeError> failure(BridgeError::Kind kind, const char* why) 
 }  // namespace detail
 
 // =====================================================================================================================
-// 2. Options
+// 2. Options, and what a bridge tells about its calls
 
 /// When the worker thread is made.
 enum class Start {
@@ -537,13 +602,81 @@ enum class Shutdown {
   cancel,  ///< Cancels them, and waits for them to end.
 };
 
+/// What the next call does while `Options::max_in_flight` calls are in flight.
+enum class WhenFull {
+  wait,    ///< Waits for its turn. Calls are started in the order of their arrival.
+  refuse,  ///< Returns `Overloaded` at once.
+};
+
+/// What a call is doing.
+enum class State {
+  queued,      ///< The worker has not come to it yet.
+  waiting,     ///< It waits for its turn: see `Options::max_in_flight`.
+  running,     ///< Its task has started.
+  cancelling,  ///< Its deadline has passed, or a stop was requested: the worker has been asked to cancel it.
+};
+
+/// A call in flight.
+struct CallInfo {
+  SourceLocation where;                       ///< Where `block_on` or `submit` was called.
+  std::string name{};                         ///< The one given to `named`, or empty.
+  std::chrono::steady_clock::duration age{};  ///< Since it was called.
+  State state = State::queued;
+  std::thread::id caller{};   ///< The thread that waits; none for a submitted call.
+  std::string caller_name{};  ///< The name that the system has for that thread.
+  std::optional<std::chrono::steady_clock::time_point> deadline{};  ///< None if the call has no deadline.
+};
+
+/// A call that has ended, or was refused.
+struct CallEnd {
+  SourceLocation where;
+  std::string_view name{};
+  std::optional<BridgeError::Kind> error{};      ///< None if the call has a value.
+  std::chrono::steady_clock::duration queued{};  ///< From the call to the start of its task, or to its end without one.
+  std::chrono::steady_clock::duration ran{};     ///< From there to its end.
+};
+
+/// Counts of a bridge's calls. Each call is counted once when it ends, or is refused: as a value, or as one kind of
+/// error.
+struct Stats {
+  std::uint64_t admitted = 0;  ///< Those that were not refused.
+  std::uint64_t values = 0;
+  std::uint64_t worker_dead = 0;
+  std::uint64_t response_lost = 0;
+  std::uint64_t timed_out = 0;
+  std::uint64_t cancelled = 0;
+  std::uint64_t would_deadlock = 0;
+  std::uint64_t overloaded = 0;
+  std::size_t in_flight = 0;       ///< At the moment.
+  std::size_t most_in_flight = 0;  ///< Ever at the same time, those that waited for their turn included.
+};
+
+/// No limit.
+inline constexpr std::size_t unlimited = (std::numeric_limits<std::size_t>::max)();
+
+/// Hooks may be called by several threads at the same time. What they throw is dropped. None is called in a forked
+/// child.
 struct Options {
   /// The worker's name in debuggers and process lists; cut to what the system takes (15 bytes on Linux).
   std::string thread_name = "runtime-bridge";
   Start start = Start::eager;
-  /// Called on the worker with each exception that escapes a raw handler on the bridge's context. What it throws itself
-  /// is dropped, and so is the exception if there is no hook.
+  /// Called on the worker with each exception that escapes a raw handler on the bridge's context.
   std::function<void(std::exception_ptr)> on_stray_exception = nullptr;
+  /// Called with the error of a submitted call that nobody will ask for: its handle was detached, or destroyed without
+  /// a join. Not if the call was cancelled and its task ended because of that. Called where the later of the two
+  /// happens: on the worker when the call ends, or on the thread that gives up the handle.
+  std::function<void(const BridgeError&)> on_unjoined_error = nullptr;
+  /// The age at which a call is slow.
+  std::chrono::nanoseconds slow_after = (std::chrono::nanoseconds::max)();
+  /// Called with each call that is slow, on the thread that waits for it (in `block_on`, `join`, `wait_for` or the
+  /// handle's destructor), and again each time the call's age has doubled. It may call `RuntimeBridge::report`.
+  std::function<void(const CallInfo&)> on_slow_call = nullptr;
+  /// Called once for each call, when it has ended or was refused, before its result can be seen: on the thread that
+  /// called `block_on`; for a submitted call on the worker, or on the thread whose `submit` was refused.
+  std::function<void(const CallEnd&)> on_call_end = nullptr;
+  /// How many tasks may run at the same time. Zero is refused by the constructor (`std::errc::invalid_argument`).
+  std::size_t max_in_flight = unlimited;
+  WhenFull when_full = WhenFull::wait;
   /// The longest time that a thread busy-waits before it sleeps. A caller busy-waits while its call is the only one in
   /// flight, even past its deadline. After such a call so does the worker, which still serves everything else. With
   /// several calls in flight callers yield instead, up to 64 times. Busy-waiting threads yield in between, unless the
@@ -555,8 +688,39 @@ struct Options {
 // =====================================================================================================================
 // 3. Task traits. What is no Task gives one sentence, and no other error.
 
+/// A Task with a name. See `named`.
+template <class Task>
+struct Named {
+  std::string name;
+  Task task;
+};
+
+/// A Task that does what `task` does, with a name for diagnosis: see `RuntimeBridge::calls`. It borrows a task that is
+/// given as an lvalue.
+template <class Task>
+[[nodiscard]] Named<Task> named(std::string name, Task&& task) {
+  return {std::move(name), std::forward<Task>(task)};
+}
+
 namespace detail {
 inline namespace RUNTIME_BRIDGE_FLAVOUR {
+
+template <class Task>
+inline constexpr bool is_named = false;
+template <class Task>
+inline constexpr bool is_named<Named<Task>> = true;
+
+/// The task in a `Named`; any other task itself.
+template <class Task, bool = is_named<std::remove_cvref_t<Task>>>
+struct WithoutName {
+  using Type = Task;
+};
+template <class Task>
+struct WithoutName<Task, true> {
+  using Type = decltype((std::declval<Task>().task));
+};
+template <class Task>
+using Unnamed = typename WithoutName<Task>::Type;
 
 template <class T>
 struct AwaitableTraits : std::false_type {
@@ -638,12 +802,12 @@ consteval Refusal refusal_of() {
 }
 
 template <class Task>
-inline constexpr bool is_task = refusal_of<Task>() == Refusal::none;
+inline constexpr bool is_task = refusal_of<Unnamed<Task>>() == Refusal::none;
 
 /// Says what is wrong with a type that is not a Task. The functions that use it then have nothing else wrong with them.
 template <class Task>
 constexpr void assert_task() {
-  constexpr Refusal refusal = refusal_of<Task>();
+  constexpr Refusal refusal = refusal_of<Unnamed<Task>>();
   static_assert(refusal != Refusal::not_moved,
                 "runtime_bridge: an awaitable runs once, so give it up: block_on(std::move(task))");
   static_assert(refusal != Refusal::other_asio,
@@ -676,7 +840,7 @@ struct TaskTraits<Task, Refusal::none> {
 
 /// The type of a Task's value; void for what is no Task.
 template <class Task>
-using TaskValue = typename TaskTraits<Task>::Value;
+using TaskValue = typename TaskTraits<Unnamed<Task>>::Value;
 
 }  // namespace RUNTIME_BRIDGE_FLAVOUR
 
@@ -704,14 +868,25 @@ bool has_passed(const std::chrono::time_point<Clock, Duration>& deadline) {
 
 using SteadyTime = std::chrono::steady_clock::time_point;
 
-/// The time at `duration` from now; the clock's last time if that is later than the clock can represent.
+/// The time at `duration` from `now`; the clock's last time if that is later than the clock can represent.
 template <class Rep, class Period>
-SteadyTime time_after(const std::chrono::duration<Rep, Period>& duration) {
-  const SteadyTime now = std::chrono::steady_clock::now();
+SteadyTime time_after(const std::chrono::duration<Rep, Period>& duration,
+                      SteadyTime now = std::chrono::steady_clock::now()) {
   const Exact exact(duration);
   if (!(exact > Exact::zero())) return now;
   if (exact >= Exact((SteadyTime::max)() - now)) return (SteadyTime::max)();
   return now + std::chrono::ceil<std::chrono::nanoseconds>(exact);
+}
+
+/// The same time on the steady clock, as far as that can be known now.
+template <class Clock, class Duration>
+SteadyTime on_steady_clock(const std::chrono::time_point<Clock, Duration>& time, SteadyTime now) {
+  if constexpr (std::is_same_v<std::chrono::time_point<Clock, Duration>, SteadyTime>) {
+    return time;
+  } else {
+    if (time == (time.max)()) return (SteadyTime::max)();
+    return time_after(Exact(time.time_since_epoch()) - Exact(Clock::now().time_since_epoch()), now);
+  }
 }
 
 // =====================================================================================================================
@@ -818,7 +993,10 @@ class Gate {
 
   explicit Gate(Loop& loop) noexcept : loop_(loop) {}
 
-  Admission admit_call() noexcept { return {enter(call + poster, no_calls) ? this : nullptr, true}; }
+  /// None either if so many calls are in flight.
+  Admission admit_call(std::size_t most) noexcept {
+    return {enter(call + poster, no_calls, most) ? this : nullptr, true};
+  }
 
   /// Leave to post for a call that was admitted, or for the bridge itself.
   Admission admit_post() noexcept { return {enter(poster, no_posts) ? this : nullptr, false}; }
@@ -846,10 +1024,10 @@ class Gate {
   static constexpr std::uint64_t poster = 4;
   static constexpr std::uint64_t call = std::uint64_t{1} << 32;
 
-  bool enter(std::uint64_t counts, std::uint64_t closed) noexcept {
+  bool enter(std::uint64_t counts, std::uint64_t closed, std::size_t most = unlimited) noexcept {
     std::uint64_t word = word_.load(std::memory_order_relaxed);
     do {
-      if (word & closed) return false;
+      if ((word & closed) || calls(word) >= most) return false;
     } while (!word_.compare_exchange_weak(word, word + counts));
     return true;
   }
@@ -871,7 +1049,68 @@ class Gate {
 // =====================================================================================================================
 // 8. Context
 
+/// Tells since when the worker has not come back to its loop.
+class alignas(64) Heartbeat {
+ public:
+  /// Worker: it looks for what is ready.
+  void begin_wait() noexcept { busy_since_.store(waits, std::memory_order_relaxed); }
+
+  /// Worker: it has found something, and is going to run it.
+  void begin_round() noexcept { busy_since_.store(coarse_now().time_since_epoch().count(), std::memory_order_relaxed); }
+
+  /// Worker: the start of a task, which is told of while the rounds are not.
+  class Step {
+   public:
+    explicit Step(Heartbeat& heartbeat) noexcept : heartbeat_(heartbeat) {
+      if (!heartbeat_.watched()) heartbeat_.begin_round();
+    }
+    Step(const Step&) = delete;
+    Step& operator=(const Step&) = delete;
+    ~Step() {
+      if (!heartbeat_.watched()) heartbeat_.begin_wait();
+    }
+
+   private:
+    Heartbeat& heartbeat_;
+  };
+
+  /// Worker: from now on the reactor tells of each round.
+  void watch() noexcept { watched_.store(true, std::memory_order_relaxed); }
+
+  /// Whether each round is told of. Until the context has a timer or a socket only the starts of tasks are.
+  bool watched() const noexcept { return watched_.load(std::memory_order_relaxed); }
+
+  /// When the round began that the worker is in; none if it waits, or if nobody has told.
+  std::optional<SteadyTime> busy_since() const noexcept {
+    const SteadyTime::rep since = busy_since_.load(std::memory_order_relaxed);
+    if (since == waits) return std::nullopt;
+    return SteadyTime(SteadyTime::duration(since));
+  }
+
+ private:
+  static constexpr SteadyTime::rep waits = 0;
+
+  std::atomic<SteadyTime::rep> busy_since_{waits};
+  std::atomic<bool> watched_{false};
+};
+
 inline namespace RUNTIME_BRIDGE_FLAVOUR {
+
+/// The reactor, which tells when the loop waits and when it goes on.
+class WatchedReactor final : public Reactor {
+ public:
+  WatchedReactor(net::execution_context& context, Heartbeat& heartbeat) : Reactor(context), heartbeat_(heartbeat) {}
+
+  void run(long microseconds, net::detail::op_queue<net::detail::scheduler_operation>& ready) override {
+    heartbeat_.watch();
+    heartbeat_.begin_wait();
+    Reactor::run(microseconds, ready);
+    heartbeat_.begin_round();
+  }
+
+ private:
+  Heartbeat& heartbeat_;
+};
 
 /// The `io_context` and its loop, with what the worker needs and Asio keeps to itself. No exception leaves the loop:
 /// what escapes a raw handler goes to the hook. Apart from `post`, all of it is for the worker.
@@ -882,16 +1121,24 @@ class Context : public net::io_context {
   explicit Context(const Hook& on_stray_exception) : on_stray_exception_(on_stray_exception) {}
 
   /// Opens the reactor's descriptors now. Asio would open them with the first timer or socket, and that would be what
-  /// fails. Until this is called the context uses a faster wait without a reactor.
+  /// fails. One thread at a time.
   void open_reactor() {
+    if (has_reactor()) return;
     try {
-      net::use_service<Reactor>(*this);
+      auto reactor = std::make_unique<WatchedReactor>(*this, heartbeat_);
+      net::add_service<Reactor>(*this, reactor.get());
+      (void)reactor.release();
+      has_reactor_.store(true, std::memory_order_release);
       // Branch not covered: Asio throws nothing else.
     } catch (const AsioError& e) {
       // Asio's own category compares equal to no std::errc in some versions.
       throw std::system_error(e.code().value(), std::system_category(), "runtime_bridge: no reactor");
     }
   }
+
+  bool has_reactor() const noexcept { return has_reactor_.load(std::memory_order_acquire); }
+
+  Heartbeat& heartbeat() noexcept { return heartbeat_; }
 
   /// Posts `handler` in memory that is allocated already.
   template <class Handler>
@@ -1003,6 +1250,8 @@ class Context : public net::io_context {
   }
 
   const Hook& on_stray_exception_;
+  Heartbeat heartbeat_;
+  std::atomic<bool> has_reactor_{false};
   std::optional<net::executor_work_guard<executor_type>> work_{get_executor()};
 };
 
@@ -1042,6 +1291,17 @@ class WaitNode {
   void leave_worker() noexcept {
     worker_.store({}, std::memory_order_relaxed);
     if (current_node_() == this) current_node_() = nullptr;
+  }
+
+  const std::string& name() const noexcept { return name_; }
+  unsigned number() const noexcept { return number_; }
+
+  bool has_worker() const noexcept { return worker_.load(std::memory_order_relaxed) != std::thread::id(); }
+
+  /// The bridge that the worker waits for, by name and number; empty if it waits for none.
+  std::string waits_for() const {
+    const std::lock_guard lock(mutex_);
+    return waits_for_ ? waits_for_->name_ + "#" + std::to_string(waits_for_->number_) : std::string();
   }
 
   /// Whether this thread is the worker. By its id, since a plugin does not see the thread_locals of the module that
@@ -1157,7 +1417,365 @@ class WaitScope {
 };
 
 // =====================================================================================================================
-// 10. Spin policy. Only about speed: calls have the same results without it.
+// 10. Call registry. Who asks takes locks that are held for a few instructions only, so a worker that is stuck in a
+// handler never holds one.
+
+/// A node of a circular list. Alone it is a list of one.
+class ListNode {
+ public:
+  ListNode() = default;
+  ListNode(const ListNode&) = delete;
+  ListNode& operator=(const ListNode&) = delete;
+
+  ListNode& next() const noexcept { return *next_; }
+  bool alone() const noexcept { return next_ == this; }
+
+  void insert_before(ListNode& other) noexcept {
+    next_ = &other;
+    before_ = std::exchange(other.before_, this);
+    before_->next_ = this;
+  }
+
+  void remove() noexcept {
+    before_->next_ = next_;
+    next_->before_ = before_;
+    next_ = before_ = this;
+  }
+
+ private:
+  ListNode* next_ = this;
+  ListNode* before_ = this;
+};
+
+/// What anybody may ask about a call. Constant while it is in the registry, but for the atomics.
+class CallRecord : private ListNode {
+ public:
+  CallRecord() = default;
+
+  /// Before the call is sent. `name` is moved from, or null.
+  void describe(const SourceLocation& where, std::string* name, SteadyTime start) noexcept {
+    where_ = where;
+    if (name) name_ = std::move(*name);
+    start_ = start;
+  }
+
+  /// This thread is going to wait for the call, until the deadline. The clock's last time is none.
+  void set_caller(SteadyTime deadline) noexcept {
+    caller_ = std::this_thread::get_id();
+    caller_handle_ = pthread_self();
+    deadline_ = deadline;
+  }
+
+  SteadyTime start() const noexcept { return start_; }
+
+  /// Worker.
+  void set_state(State state) noexcept { state_.store(state, std::memory_order_relaxed); }
+
+  // For `end`, if somebody is going to ask for it.
+  void set_task_started() noexcept { task_started_ = std::chrono::steady_clock::now(); }
+  void set_ended() noexcept { ended_ = std::chrono::steady_clock::now(); }
+
+  /// For the thread that waits: when it is to be told next that the call is slow.
+  SteadyTime slow_at(std::chrono::nanoseconds slow_after) const noexcept {
+    return slow_at_ != SteadyTime() ? slow_at_ : time_after(slow_after, start_);
+  }
+  void set_slow_at(SteadyTime time) noexcept { slow_at_ = time; }
+
+  /// The call has ended: it is not in flight any more, even if it is still in the registry.
+  void set_over() noexcept { over_.store(true, std::memory_order_relaxed); }
+
+  /// Notes why the call is cancelled. False if that was noted before.
+  bool ask(BridgeError::Kind why) noexcept {
+    int none = 0;
+    return asked_.compare_exchange_strong(none, why);
+  }
+  int asked() const noexcept { return asked_; }
+
+  /// For the thread that waits, and for those that have the registry's lock.
+  CallInfo info(SteadyTime now) const {
+    CallInfo info{where_};
+    info.name = name_;
+    info.age = (std::max)(now - start_, SteadyTime::duration::zero());
+    info.state = asked() != 0 ? State::cancelling : state_.load(std::memory_order_relaxed);
+    info.caller = caller_;
+    if (caller_ != std::thread::id()) info.caller_name = thread_name(caller_handle_);
+    if (deadline_ != (SteadyTime::max)()) info.deadline = deadline_;
+    return info;
+  }
+
+  /// For a call that is over, or was refused.
+  CallEnd end(std::optional<BridgeError::Kind> error) const noexcept {
+    const SteadyTime ended = ended_ != SteadyTime() ? ended_ : start_;
+    const SteadyTime started = task_started_ != SteadyTime() ? task_started_ : ended;
+    CallEnd end{where_};
+    end.name = name_;
+    end.error = error;
+    end.queued = started - start_;
+    end.ran = ended - started;
+    return end;
+  }
+
+ private:
+  friend class CallRegistry;
+
+  // Beside each other, as the worker touches nothing else while the call is in flight.
+  std::atomic<State> state_{State::queued};
+  std::atomic<int> asked_{0};  // the BridgeError::Kind that the call is cancelled for
+  std::atomic<bool> over_{false};
+
+  SourceLocation where_;
+  std::string name_;
+  SteadyTime start_{};
+  SteadyTime deadline_ = (SteadyTime::max)();
+  SteadyTime task_started_{};
+  SteadyTime ended_{};
+  SteadyTime slow_at_{};
+  std::thread::id caller_{};
+  pthread_t caller_handle_{};
+};
+
+/// The calls of a bridge: which are in flight, and how many have ended in which way. Knows all bridges of the process.
+class alignas(64) CallRegistry : private ListNode {
+ public:
+  CallRegistry(const WaitNode& node, const ForkCounter& fork_counter, const Heartbeat& heartbeat,
+               std::size_t max_in_flight)
+      : node_(node), fork_counter_(fork_counter), heartbeat_(heartbeat), max_in_flight_(max_in_flight) {
+    // Branch not covered: needs malloc to fail, before main.
+    if (failed_) throw std::system_error(failed_, std::generic_category(), "runtime_bridge: pthread_atfork");
+  }
+  CallRegistry(const CallRegistry&) = delete;
+  CallRegistry& operator=(const CallRegistry&) = delete;
+
+  /// From now on the bridge is in reports, until `forget`. `probe` asks the worker to call `answer`.
+  void introduce(void (*probe)(void* worker), void* worker) {
+    probe_ = probe;
+    worker_ = worker;
+    const std::lock_guard lock(bridges_mutex);
+    insert_before(bridges);
+  }
+  void forget() noexcept {
+    const std::lock_guard lock(bridges_mutex);
+    ListNode::remove();
+  }
+
+  /// A call was admitted.
+  void add(CallRecord& call) noexcept {
+    const std::lock_guard lock(calls_mutex_);
+    call.insert_before(calls_);
+    ++counts_.admitted;
+    counts_.most_in_flight = (std::max)(counts_.most_in_flight, ++listed_);
+  }
+
+  /// A call has ended, or was refused.
+  void remove(CallRecord& call, std::optional<BridgeError::Kind> error) noexcept {
+    const std::lock_guard lock(calls_mutex_);
+    if (!call.alone()) {
+      call.ListNode::remove();
+      --listed_;
+    }
+    ++count_of(error);
+  }
+
+  /// Not in a forked child, where somebody may have the lock for ever. Nor are the functions below.
+  std::vector<CallInfo> calls() const {
+    const SteadyTime now = std::chrono::steady_clock::now();
+    std::vector<CallInfo> calls;
+    const std::lock_guard lock(calls_mutex_);
+    calls.reserve(listed_);
+    for (const ListNode* node = &calls_.next(); node != &calls_; node = &node->next()) {
+      const auto& call = static_cast<const CallRecord&>(*node);
+      if (!call.over_.load(std::memory_order_relaxed)) calls.push_back(call.info(now));
+    }
+    return calls;
+  }
+
+  Stats stats() const noexcept {
+    const std::lock_guard lock(calls_mutex_);
+    return counts_;
+  }
+
+  /// Describes all bridges of this process, those in other modules included if the linker unites their symbols.
+  static std::string report();
+
+  // ---- For `report`: whether the worker answers, while nobody tells of the rounds of its loop.
+
+  /// Worker.
+  void answer() noexcept { asked_at_.store(0); }
+
+  /// Any thread: notes that the worker is asked now. False if it was asked before, and has not answered yet.
+  bool ask() noexcept {
+    SteadyTime::rep none = 0;
+    return asked_at_.compare_exchange_strong(none, std::chrono::steady_clock::now().time_since_epoch().count());
+  }
+
+ private:
+  std::uint64_t& count_of(std::optional<BridgeError::Kind> error) noexcept {
+    if (!error) return counts_.values;
+    switch (*error) {
+      case BridgeError::WorkerDead: return counts_.worker_dead;
+      case BridgeError::TimedOut: return counts_.timed_out;
+      case BridgeError::Cancelled: return counts_.cancelled;
+      case BridgeError::WouldDeadlock: return counts_.would_deadlock;
+      case BridgeError::Overloaded: return counts_.overloaded;
+      default: return counts_.response_lost;
+    }
+  }
+
+  /// Calls the function with each bridge whose worker is in this process. The lock is held.
+  template <class Function>
+  static void for_each_bridge(Function function) {
+    for (ListNode* node = &bridges.next(); node != &bridges; node = &node->next()) {
+      auto& bridge = static_cast<CallRegistry&>(*node);
+      if (!bridge.fork_counter_.forked()) function(bridge);
+    }
+  }
+
+  void describe(std::ostream& out, SteadyTime now) const;
+  void describe_worker(std::ostream& out, const std::vector<CallInfo>& calls, SteadyTime now) const;
+
+  // Before main, like the fork counter's. A forked child finds the lock free.
+  static inline std::mutex bridges_mutex;
+  static inline const int failed_ =
+      at_fork([] { bridges_mutex.lock(); }, [] { bridges_mutex.unlock(); }, [] { bridges_mutex.unlock(); });
+  static inline ListNode bridges;  // tools/gdb/runtime_bridge.py starts here
+
+  const WaitNode& node_;
+  const ForkCounter& fork_counter_;
+  const Heartbeat& heartbeat_;
+  const std::size_t max_in_flight_;
+  void (*probe_)(void* worker) = nullptr;
+  void* worker_ = nullptr;
+  std::atomic<SteadyTime::rep> asked_at_{0};  // 0: it has answered
+
+  alignas(64) mutable std::mutex calls_mutex_;  // guards what follows
+  ListNode calls_;
+  std::size_t listed_ = 0;
+  Stats counts_;
+};
+
+#ifndef RUNTIME_BRIDGE_DECLARATIONS_ONLY
+
+/// For people: milliseconds, or tenths of a second.
+struct Seconds {
+  friend std::ostream& operator<<(std::ostream& out, Seconds time) {
+    const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(time.time).count();
+    if (ms < 1000) return out << ms << " ms";
+    return out << ms / 1000 << "." << ms % 1000 / 100 << " s";
+  }
+
+  SteadyTime::duration time;
+};
+
+/// Text that somebody else has chosen, its control characters escaped.
+struct Printable {
+  friend std::ostream& operator<<(std::ostream& out, Printable text) {
+    constexpr std::string_view digits = "0123456789abcdef";
+    for (const char c : text.text) {
+      const auto byte = static_cast<unsigned char>(c);
+      if (byte >= 0x20 && byte != 0x7f) {
+        out << c;
+      } else {
+        out << "\\x" << digits[byte / 16] << digits[byte % 16];
+      }
+    }
+    return out;
+  }
+
+  std::string_view text;
+};
+
+struct Quoted {
+  friend std::ostream& operator<<(std::ostream& out, Quoted text) {
+    return text.text.empty() ? out : out << " \"" << Printable{text.text} << '"';
+  }
+
+  std::string_view text;
+};
+
+inline void describe(std::ostream& out, const CallInfo& call, SteadyTime now) {
+  constexpr std::array<const char*, 4> states{"queued", "waiting for its turn", "running", "cancelling"};
+  out << "  " << states.at(static_cast<std::size_t>(call.state)) << ", " << Seconds{call.age}
+      << " old: " << Printable{call.where.file_name()} << ':' << call.where.line() << Quoted{call.name};
+  if (call.caller == std::thread::id()) {
+    out << ", submitted";
+  } else {
+    out << ", called by thread " << call.caller << Quoted{call.caller_name};
+  }
+  if (call.deadline && *call.deadline > now) {
+    out << ", deadline in " << Seconds{*call.deadline - now};
+  } else if (call.deadline) {
+    out << ", deadline passed " << Seconds{now - *call.deadline} << " ago";
+  }
+  out << '\n';
+}
+
+RUNTIME_BRIDGE_INLINE std::string CallRegistry::report() {
+  const std::lock_guard lock(bridges_mutex);
+  std::size_t number = 0;
+  bool silent = false;
+  for_each_bridge([&](CallRegistry& bridge) {
+    ++number;
+    if (bridge.heartbeat_.watched() || bridge.heartbeat_.busy_since() || !bridge.node_.has_worker()) return;
+    bridge.probe_(bridge.worker_);
+    silent = true;
+  });
+  // A worker that is not stuck answers within microseconds, or some milliseconds on a busy machine.
+  const SteadyTime patience = std::chrono::steady_clock::now() + std::chrono::milliseconds(50);
+  while (silent && std::chrono::steady_clock::now() < patience) {
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+    silent = false;
+    for_each_bridge([&](const CallRegistry& bridge) { silent = silent || bridge.asked_at_ != 0; });
+  }
+  std::ostringstream out;
+  out.imbue(std::locale::classic());
+  out << "runtime_bridge: " << number << (number == 1 ? " bridge\n" : " bridges\n");
+  const SteadyTime now = std::chrono::steady_clock::now();
+  for_each_bridge([&](const CallRegistry& bridge) { bridge.describe(out, now); });
+  return out.str();
+}
+
+RUNTIME_BRIDGE_INLINE void CallRegistry::describe(std::ostream& out, SteadyTime now) const {
+  const std::vector<CallInfo> calls = this->calls();
+  out << Printable{node_.name()} << '#' << node_.number() << ": " << calls.size()
+      << (calls.size() == 1 ? " call" : " calls") << " in flight; ";
+  describe_worker(out, calls, now);
+  const auto waits = [](const CallInfo& call) { return call.state == State::waiting; };
+  if (const auto waiting = std::count_if(calls.begin(), calls.end(), waits)) {
+    out << "; " << waiting << (waiting == 1 ? " call waits" : " calls wait") << " for one of the " << max_in_flight_
+        << " that run (max_in_flight)";
+  }
+  out << '\n';
+  for (const CallInfo& call : calls) detail::describe(out, call, now);
+}
+
+RUNTIME_BRIDGE_INLINE void CallRegistry::describe_worker(std::ostream& out, const std::vector<CallInfo>& calls,
+                                                         SteadyTime now) const {
+  const SteadyTime::rep asked_at = asked_at_;
+  const std::optional<SteadyTime> told = heartbeat_.busy_since();
+  const SteadyTime busy_since = told ? *told : asked_at != 0 ? SteadyTime(SteadyTime::duration(asked_at)) : now;
+  const SteadyTime::duration busy = (std::max)(now - busy_since, SteadyTime::duration::zero());
+  const auto runs = [](const CallInfo& call) {
+    return call.state == State::running || call.state == State::cancelling;
+  };
+  if (!node_.has_worker()) {
+    out << "the worker is not running";
+  } else if (const std::string other = node_.waits_for(); !other.empty()) {
+    out << "the worker has been waiting for " << Printable{other} << " for " << Seconds{busy};
+  } else if (busy > std::chrono::milliseconds(50)) {
+    out << "the worker has been busy for " << Seconds{busy} << ": some task computes or blocks";
+  } else if (told) {
+    out << "the worker is running";
+  } else if (std::any_of(calls.begin(), calls.end(), runs)) {
+    out << "the worker is idle: what the tasks wait for has not happened";
+  } else {
+    out << "the worker is idle";
+  }
+}
+
+#endif  // RUNTIME_BRIDGE_DECLARATIONS_ONLY
+
+// =====================================================================================================================
+// 11. Spin policy. Only about speed: calls have the same results without it.
 
 /// Whether to try something that may be in vain. Exponential backoff: each failure doubles the attempts that are
 /// skipped (at most 255), a success resets it. A guess, so races do no harm.
@@ -1189,13 +1807,13 @@ class SpinPolicy {
   SpinPolicy(Context& context, const Gate<Context>& gate, std::chrono::microseconds limit) noexcept
       : context_(context), gate_(gate), limit_(limit) {}
 
-  /// Caller: busy-waits until `done`, if that is promising. True if it is done.
+  /// Caller: busy-waits until `done`, if that is promising. True if it is done. `now` is the time of the call.
   template <class Done>
-  bool spin(Done done) noexcept {
+  bool spin(SteadyTime now, Done done) noexcept {
     // Branch not covered: needs a machine with one core.
     if (one_core_ || limit_ <= std::chrono::microseconds::zero() || !spins_.should_try()) return false;
     const auto alone = [&] { return gate_.in_flight() <= 1; };
-    const SteadyTime end = time_after(limit_);
+    const SteadyTime end = time_after(limit_, now);
     spinners_.fetch_add(1, std::memory_order_relaxed);
     bool is_done = false;
     bool yields = true;
@@ -1291,7 +1909,7 @@ class SpinPolicy {
 };
 
 // =====================================================================================================================
-// 11. Call reference
+// 12. Call reference
 
 class Call;
 
@@ -1350,7 +1968,7 @@ class CallRef {
 };
 
 // =====================================================================================================================
-// 12. Cancellation signals. All of it is for the worker.
+// 13. Cancellation signals. All of it is for the worker.
 
 /// What an emission does to a task.
 enum class Emission {
@@ -1478,7 +2096,7 @@ struct AbortsOperation {
 };
 
 // =====================================================================================================================
-// 13. Call
+// 14. Call
 
 class Worker;
 
@@ -1489,18 +2107,16 @@ class Call : public Counted {
 
   // ---- The caller's: before the call is sent, and once it is completed.
 
-  bool completed() const noexcept {
-    return completed_.wait_for(std::chrono::nanoseconds::zero()) == std::future_status::ready;
-  }
+  bool completed() const noexcept { return wait_for(std::chrono::nanoseconds::zero()); }
 
-  void wait() const noexcept { completed_.wait(); }
+  bool wait_for(std::chrono::nanoseconds time) const { return completed_.wait_for(time) == std::future_status::ready; }
 
   /// Waits until the call is completed, or until `deadline`, of any clock. False if it is not completed.
   template <class Clock, class Duration>
   bool wait_until(const std::chrono::time_point<Clock, Duration>& deadline) const {
     while (deadline != (deadline.max)()) {
       const std::chrono::nanoseconds left = time_left(deadline);
-      if (completed_.wait_for(left) == std::future_status::ready) return true;
+      if (wait_for(left)) return true;
       if (left == std::chrono::nanoseconds::zero()) return false;
     }
     completed_.wait();
@@ -1511,6 +2127,7 @@ class Call : public Counted {
   void refuse(BridgeError error) {
     release_task();
     error_ = std::move(error);
+    (void)settle();
     completion_.set_value();
   }
 
@@ -1522,8 +2139,11 @@ class Call : public Counted {
     return CallRef::first(*this, *this);
   }
 
-  /// Why a completed call has no value.
+  /// Why a call that is over has no value.
   const BridgeError& error() const noexcept { return *error_; }
+  std::optional<BridgeError::Kind> error_kind() const noexcept {
+    return error_ ? std::optional(error_->kind()) : std::nullopt;
+  }
 
   // ---- The worker's: from `send_to` until the call is completed.
 
@@ -1547,7 +2167,7 @@ class Call : public Counted {
     stage_ = Stage::ended;
     if (stopped) {
       lose(stopped_text);
-    } else if (const int kind = asked_) {
+    } else if (const int kind = record_.asked()) {
       error_.emplace(static_cast<BridgeError::Kind>(kind), std::current_exception());
     } else {
       error_ = thrown();
@@ -1557,8 +2177,9 @@ class Call : public Counted {
   /// Destroys what is left of the task. What has neither returned nor thrown until now has no value.
   void end(bool stopped) noexcept {
     release_task();
-    if (stage_ == Stage::queued && asked_ != 0) {
-      error_.emplace(static_cast<BridgeError::Kind>(asked_.load()));
+    const int asked = record_.asked();
+    if (stage_ == Stage::queued && asked != 0) {
+      error_.emplace(static_cast<BridgeError::Kind>(asked));
     } else if (stage_ == Stage::starting) {
       lose("the task did not start", std::make_exception_ptr(std::bad_alloc()));
     } else if (stage_ != Stage::ended) {
@@ -1573,14 +2194,32 @@ class Call : public Counted {
     return completion;
   }
 
+  /// Whether the call was submitted. Not once it is completed.
+  bool submitted() const noexcept { return self_ != nullptr; }
+
+  // The call's place in the row of those that wait for their turn, and whether it has had it.
+
+  void wait_for_turn(CallRef self, ListNode& row) noexcept {
+    record_.set_state(State::waiting);
+    turn_.emplace(std::move(self), *this);
+    turn_->insert_before(row);
+  }
+  static Call& first_of(const ListNode& row) noexcept { return static_cast<Turn&>(row.next()).call; }
+  bool waits_for_turn() const noexcept { return turn_.has_value(); }
+  CallRef end_wait_for_turn() noexcept {
+    turn_->remove();
+    CallRef self = std::move(turn_->self);
+    turn_.reset();
+    return self;
+  }
+
+  void set_has_turn() noexcept { has_turn_ = true; }
+  bool has_turn() const noexcept { return has_turn_; }
+
   // ---- Shared.
 
-  /// Notes why the call is cancelled. False if that was noted before.
-  bool ask(BridgeError::Kind why) noexcept {
-    int none = 0;
-    return asked_.compare_exchange_strong(none, why);
-  }
-  bool asked() const noexcept { return asked_ != 0; }
+  CallRecord& record() noexcept { return record_; }
+  const CallRecord& record() const noexcept { return record_; }
 
   /// A reference for another thread than the worker, unless the call is completed or was never sent.
   std::optional<CallRef> reference() noexcept { return CallRef::another(*this, *this); }
@@ -1591,8 +2230,12 @@ class Call : public Counted {
   WaitRecord& wait_record() noexcept { return wait_record_; }
 
   /// Tells that no handle owns the call any more. The handle still keeps it, since other threads may use the handle.
-  void detach() noexcept { detached_.store(true, std::memory_order_relaxed); }
-  bool detached() const noexcept { return detached_.load(std::memory_order_relaxed); }
+  /// True if the call has ended before, so that nobody has seen its error.
+  bool detach() noexcept { return fate_.fetch_or(is_detached) == is_settled; }
+  bool detached() const noexcept { return fate_.load(std::memory_order_relaxed) & is_detached; }
+
+  /// Tells that the error is what it will be, if there is one. True if the call was detached before.
+  bool settle() noexcept { return fate_.fetch_or(is_settled) & is_detached; }
 
  protected:
   Call() = default;
@@ -1604,6 +2247,16 @@ class Call : public Counted {
 
  private:
   enum class Stage { queued, starting, running, ended };
+  static constexpr int is_settled = 1;
+  static constexpr int is_detached = 2;
+
+  struct Turn : ListNode {
+    Turn(CallRef s, Call& c) noexcept : self(std::move(s)), call(c) {}
+
+    CallRef self;
+    Call& call;
+  };
+
   static constexpr const char* stopped_text = "the worker was stopped under the task";
 
   RUNTIME_BRIDGE_INLINE void complete() noexcept override;
@@ -1622,14 +2275,16 @@ class Call : public Counted {
   std::optional<BridgeError> error_;
   HandlerMemory start_memory_;
 
-  std::atomic<int> asked_{0};  // the BridgeError::Kind that the call is cancelled for
-  std::atomic<bool> detached_{false};
+  std::atomic<int> fate_{0};
+  bool has_turn_ = false;  // the worker's, and that of whoever completes the call
   WaitRecord wait_record_;
+  CallRecord record_;
+  std::optional<Turn> turn_;
   HandlerMemory cancel_memory_;
 };
 
 // =====================================================================================================================
-// 14. Worker
+// 15. Worker
 
 /// The thread, its loop and its end. Co-owned by the bridge, the thread, the handles and each caller.
 class Worker : public std::enable_shared_from_this<Worker> {
@@ -1639,8 +2294,10 @@ class Worker : public std::enable_shared_from_this<Worker> {
   Worker(const Worker&) = delete;
   Worker& operator=(const Worker&) = delete;
 
-  net::io_context::executor_type get_executor() noexcept { return context_.get_executor(); }
-  std::size_t in_flight() const noexcept { return gate_.in_flight(); }
+  net::io_context::executor_type get_executor() noexcept;
+  std::size_t in_flight() const noexcept { return has_turns() ? running_.load() : gate_.in_flight(); }
+  std::vector<CallInfo> calls() const { return forked() ? std::vector<CallInfo>() : registry_.calls(); }
+  Stats stats() const noexcept;
   bool forked() const noexcept { return fork_counter_.forked(); }
   bool on_worker() const noexcept { return node_.on_worker(); }
   WaitNode& node() noexcept { return node_; }
@@ -1651,11 +2308,22 @@ class Worker : public std::enable_shared_from_this<Worker> {
   /// Sends the call to the worker and waits until it is completed. If it is not sent, returns why.
   template <class Clock, class Duration>
   std::optional<BridgeError> block(Call& call, const std::chrono::time_point<Clock, Duration>& deadline,
-                                   const StopToken& stop);
+                                   const StopToken& stop, const SourceLocation& where, std::string* name);
 
-  /// Admits the call and sends it to the worker, or returns why not. Whatever happens, a call that was sent will be
-  /// completed. A caller that is going to wait for it gives `wait`, others give `self`, which keeps the call.
-  std::optional<BridgeError> send(Call& call, WaitScope* wait, std::shared_ptr<Call> self);
+  /// Sends the call to the worker, or completes it with the reason why it is not sent.
+  void submit(const std::shared_ptr<Call>& call, const SourceLocation& where, std::string* name);
+
+  /// Waits until the call is completed, or until `deadline`, of any clock, and tells of a slow call. False if the call
+  /// is not completed.
+  template <class Clock, class Duration>
+  bool wait(Call& call, const std::chrono::time_point<Clock, Duration>& deadline) const;
+  void wait(Call& call) const noexcept { (void)wait(call, (SteadyTime::max)()); }
+
+  /// The call is over, or was refused.
+  void note_end(Call& call, std::optional<BridgeError::Kind> error) noexcept;
+
+  /// Nobody will ask for the result of the call, which is over.
+  void note_unjoined(const Call& call) const noexcept;
 
   /// Asks the worker to cancel the call, unless it is completed or was cancelled before.
   void cancel(Call& call, BridgeError::Kind why) noexcept;
@@ -1693,8 +2361,41 @@ class Worker : public std::enable_shared_from_this<Worker> {
     stopped,     // calls that arrive are destroyed
   };
 
-  /// Starts a call that has arrived, unless it was cancelled or the worker is being stopped.
+  /// Admits the call and sends it to the worker, or returns why not. Whatever happens, a call that was sent will be
+  /// completed. A caller that is going to wait for it gives `wait`, others give `self`, which keeps the call.
+  std::optional<BridgeError> send(Call& call, WaitScope* wait, std::shared_ptr<Call> self);
+
+  /// Starts a call that has arrived, unless it was cancelled or the worker is being stopped. Or lets it wait.
   void begin(CallRef ref) noexcept;
+
+  void start_task(CallRef ref) noexcept;
+
+  /// Tells of a slow call, if it is time to.
+  void note_slow(CallRecord& call) const noexcept;
+
+  // `max_in_flight` with `WhenFull::wait`. The calls that wait for their turn are the worker's, like all others that
+  // were sent. A call that is completed on another thread sees whoever has begun to wait, or is seen by the worker.
+
+  bool has_turns() const noexcept {
+    return options_.when_full == WhenFull::wait && options_.max_in_flight != unlimited;
+  }
+
+  /// Starts the calls whose turn it is.
+  void give_turns() noexcept;
+
+  /// A call that had its turn is over. Any thread.
+  void end_turn() noexcept;
+
+  /// Completes the calls that wait for their turn.
+  void release_waiting() noexcept;
+
+  CallRef take_from_row(Call& call) noexcept {
+    waiting_.fetch_sub(1);
+    return call.end_wait_for_turn();
+  }
+
+  /// Asks the worker to answer, for a report.
+  void probe() noexcept;
 
   /// Cancels all calls in flight, those that have not arrived yet included. Once is enough: no more calls are admitted.
   void cancel_all() noexcept;
@@ -1723,9 +2424,16 @@ class Worker : public std::enable_shared_from_this<Worker> {
   std::atomic<bool> started_{false};
   std::atomic<bool> cancel_asked_{false};
   HandlerMemory cancel_memory_;
+  HandlerMemory probe_memory_;
+  HandlerMemory turns_memory_;
+  std::atomic<bool> turns_posted_{false};
+  std::atomic<std::size_t> running_{0};  // calls that have their turn
+  std::atomic<std::size_t> waiting_{0};  // those in `row_`
+  CallRegistry registry_{node_, fork_counter_, context_.heartbeat(), options_.max_in_flight};
 
   // The worker's.
   Mode mode_ = Mode::open;
+  ListNode row_;  // of calls that wait for their turn
   CancelSignals signals_{context_};
 
   Context context_{options_.on_stray_exception};  // below what its handlers use when they are destroyed with it
@@ -1741,32 +2449,68 @@ class Worker : public std::enable_shared_from_this<Worker> {
   bool cut_off_ = false;  // the loop was stopped under calls
 };
 
+/// Notes the end of a call when its caller leaves.
+class EndOfCall {
+ public:
+  EndOfCall(Worker& worker, Call& call) noexcept : worker_(worker), call_(call) {}
+  EndOfCall(const EndOfCall&) = delete;
+  EndOfCall& operator=(const EndOfCall&) = delete;
+  ~EndOfCall() { worker_.note_end(call_, call_.error_kind()); }
+
+ private:
+  Worker& worker_;
+  Call& call_;
+};
+
 template <class Clock, class Duration>
 std::optional<BridgeError> Worker::block(Call& call, const std::chrono::time_point<Clock, Duration>& deadline,
-                                         const StopToken& stop) {
+                                         const StopToken& stop, const SourceLocation& where, std::string* name) {
+  const SteadyTime now = std::chrono::steady_clock::now();
+  const SteadyTime steady_deadline = on_steady_clock(deadline, now);
+  call.record().describe(where, name, now);
+  call.record().set_caller(steady_deadline);
+  const auto refused = [&](BridgeError&& error) {
+    note_end(call, error.kind());
+    return std::move(error);
+  };
   if (stop.stop_requested()) {
-    return BridgeError(BridgeError::Cancelled, nullptr, static_text("a stop was requested before the call"));
+    return refused({BridgeError::Cancelled, nullptr, static_text("a stop was requested before the call")});
   }
-  if (has_passed(deadline)) {
-    return BridgeError(BridgeError::TimedOut, nullptr, static_text("the deadline had passed before the call"));
+  if (steady_deadline <= now) {
+    return refused({BridgeError::TimedOut, nullptr, static_text("the deadline had passed before the call")});
   }
-  WaitScope wait;
-  if (auto refusal = send(call, &wait, nullptr)) return refusal;
+  WaitScope wait_scope;
+  if (auto refusal = send(call, &wait_scope, nullptr)) return refused(*std::move(refusal));
+  const EndOfCall end(*this, call);
   const auto on_stop = [&]() noexcept { cancel(call, BridgeError::Cancelled); };
   const StopCallback<decltype(on_stop)> callback(stop, on_stop);
   try {
-    if (!spin_.spin([&] { return call.completed(); }) && !call.wait_until(deadline)) {
+    if (!spin_.spin(now, [&] { return call.completed(); }) && !wait(call, deadline)) {
       cancel(call, BridgeError::TimedOut);
-      call.wait();
+      wait(call);
     }
   } catch (...) {  // from the clock
     cancel(call, BridgeError::Cancelled);
-    call.wait();
+    wait(call);
     throw;
   }
   return std::nullopt;
 }
-RUNTIME_BRIDGE_COMPILE_ONCE(std::optional<BridgeError> Worker::block(Call&, const SteadyTime&, const StopToken&))
+
+template <class Clock, class Duration>
+bool Worker::wait(Call& call, const std::chrono::time_point<Clock, Duration>& deadline) const {
+  if (!options_.on_slow_call) return call.wait_until(deadline);
+  for (;;) {
+    const std::chrono::nanoseconds left = time_left(deadline);
+    if (call.wait_for((std::min)(left, time_left(call.record().slow_at(options_.slow_after))))) return true;
+    if (left == std::chrono::nanoseconds::zero()) return false;
+    note_slow(call.record());
+  }
+}
+
+RUNTIME_BRIDGE_COMPILE_ONCE(std::optional<BridgeError> Worker::block(Call&, const SteadyTime&, const StopToken&,
+                                                                     const SourceLocation&, std::string*))
+RUNTIME_BRIDGE_COMPILE_ONCE(bool Worker::wait(Call&, const SteadyTime&) const)
 
 // What is compiled once, if that is asked for. In the order of a call's life, and then of the worker's.
 #ifndef RUNTIME_BRIDGE_DECLARATIONS_ONLY
@@ -1782,13 +2526,15 @@ RUNTIME_BRIDGE_INLINE std::optional<BridgeError> Worker::send(Call& call, WaitSc
   } catch (const std::system_error&) {
     return dead("the worker could not be started", std::current_exception());
   }
-  auto admission = gate_.admit_call();
-  if (!admission) return dead("the worker was stopped");
+  auto admission = gate_.admit_call(has_turns() ? unlimited : options_.max_in_flight);
+  if (!admission && gate_.closed_to_calls()) return dead("the worker was stopped");
+  if (!admission) return BridgeError(BridgeError::Overloaded);
   std::shared_ptr<const char> ring;
   if (wait && !wait->begin(node_, &call.wait_record(), &ring)) {
     return BridgeError(BridgeError::WouldDeadlock, nullptr, std::move(ring));
   }
   admission.sent();
+  registry_.add(call.record());
   context_.post(call.start_memory(), [ref = call.send_to(*this, std::move(self))]() mutable {
     Worker& worker = ref.call().worker();
     worker.begin(std::move(ref));
@@ -1799,11 +2545,54 @@ RUNTIME_BRIDGE_INLINE std::optional<BridgeError> Worker::send(Call& call, WaitSc
 RUNTIME_BRIDGE_INLINE void Worker::begin(CallRef ref) noexcept {
   Call& call = ref.call();
   spin_.note_call();
-  if (mode_ == Mode::cancelling) call.ask(BridgeError::Cancelled);
-  if (mode_ != Mode::stopped && !call.asked()) {
-    call.start(std::move(ref));
-  } else {
+  if (mode_ == Mode::cancelling) call.record().ask(BridgeError::Cancelled);
+  if (mode_ == Mode::stopped || call.record().asked() != 0) {
     call.release_task();  // here, and not wherever the last reference is destroyed
+  } else if (has_turns()) {
+    waiting_.fetch_add(1);
+    call.wait_for_turn(std::move(ref), row_);
+    give_turns();
+  } else {
+    start_task(std::move(ref));
+  }
+}
+
+RUNTIME_BRIDGE_INLINE void Worker::start_task(CallRef ref) noexcept {
+  Call& call = ref.call();
+  call.record().set_state(State::running);
+  if (options_.on_call_end) call.record().set_task_started();
+  const Heartbeat::Step step(context_.heartbeat());
+  call.start(std::move(ref));
+}
+
+RUNTIME_BRIDGE_INLINE void Worker::give_turns() noexcept {
+  while (!row_.alone() && running_ < options_.max_in_flight) {
+    Call& call = Call::first_of(row_);
+    CallRef ref = take_from_row(call);
+    if (call.record().asked() != 0) continue;
+    running_.fetch_add(1);
+    call.set_has_turn();
+    start_task(std::move(ref));
+  }
+}
+
+RUNTIME_BRIDGE_INLINE void Worker::end_turn() noexcept {
+  running_.fetch_sub(1);
+  if (waiting_ == 0 || turns_posted_.exchange(true)) return;
+  const auto admission = gate_.admit_post();
+  if (!admission) return;  // the worker is being stopped, and completes those that wait
+  context_.post(turns_memory_, [this] {
+    turns_posted_ = false;
+    give_turns();
+  });
+}
+
+RUNTIME_BRIDGE_INLINE void Worker::release_waiting() noexcept {
+  while (!row_.alone()) {
+    Call& call = Call::first_of(row_);
+    const CallRef ref = take_from_row(call);
+    if (mode_ == Mode::cancelling) call.record().ask(BridgeError::Cancelled);
+    call.release_task();
   }
 }
 
@@ -1811,7 +2600,14 @@ RUNTIME_BRIDGE_INLINE void Worker::complete(Call& call) noexcept {
   const bool here = on_worker();
   const bool cut_off = here && stopped();
   call.end(cut_off);
+  if (options_.on_call_end) call.record().set_ended();
+  call.record().set_over();
+  if (call.submitted()) {
+    note_end(call, call.error_kind());
+    if (call.settle()) note_unjoined(call);
+  }
   node_.complete(call.wait_record());
+  if (call.has_turn()) end_turn();
   std::promise<void> completion = call.take_completion();
   gate_.end_call();
   const bool stay_awake = here && !cut_off && spin_.has_spinners();
@@ -1824,20 +2620,104 @@ RUNTIME_BRIDGE_INLINE void Worker::cancel(Call& call, BridgeError::Kind why) noe
   const auto admission = gate_.admit_post();
   if (!admission) return;
   std::optional<CallRef> ref = call.reference();  // so that the handler below runs before the call is completed
-  if (!ref || !call.ask(why)) return;
+  if (!ref || !call.record().ask(why)) return;
   // An emission on another thread than the worker would be a data race inside Asio.
   context_.post(call.cancel_memory(), [r = *std::move(ref)] {
-    CancelSignal* const signal = r.call().signal();
-    if (signal) r.call().worker().signals_.cancel(*signal);
+    Call& cancelled = r.call();
+    Worker& worker = cancelled.worker();
+    if (CancelSignal* const signal = cancelled.signal()) {
+      worker.signals_.cancel(*signal);
+    } else if (cancelled.waits_for_turn()) {
+      const CallRef out_of_row = worker.take_from_row(cancelled);
+    }
   });
 }
 
 // Here, because it needs Worker.
 RUNTIME_BRIDGE_INLINE void Call::complete() noexcept { worker_->complete(*this); }
 
-RUNTIME_BRIDGE_INLINE Worker::Worker(Options options) : options_(std::move(options)) {}
+RUNTIME_BRIDGE_INLINE void Worker::submit(const std::shared_ptr<Call>& call, const SourceLocation& where,
+                                          std::string* name) {
+  call->record().describe(where, name, std::chrono::steady_clock::now());
+  auto refusal = send(*call, nullptr, call);
+  if (!refusal) return;
+  note_end(*call, refusal->kind());
+  call->refuse(*std::move(refusal));
+}
 
-RUNTIME_BRIDGE_INLINE Worker::~Worker() = default;
+RUNTIME_BRIDGE_INLINE void Worker::note_end(Call& call, std::optional<BridgeError::Kind> error) noexcept {
+  if (forked()) return;
+  registry_.remove(call.record(), error);
+  try {
+    if (options_.on_call_end) options_.on_call_end(call.record().end(error));
+  } catch (...) {
+  }
+}
+
+RUNTIME_BRIDGE_INLINE void Worker::note_slow(CallRecord& call) const noexcept {
+  const SteadyTime now = std::chrono::steady_clock::now();
+  if (forked() || now < call.slow_at(options_.slow_after)) return;
+  try {
+    options_.on_slow_call(call.info(now));
+  } catch (...) {
+  }
+  call.set_slow_at(time_after(now - call.start(), now));
+}
+
+RUNTIME_BRIDGE_INLINE void Worker::note_unjoined(const Call& call) const noexcept {
+  if (!options_.on_unjoined_error || !call.error_kind() || forked()) return;
+  try {
+    // A task that was cancelled and has ended because of that has not failed.
+    if (call.error() == BridgeError::Cancelled && call.error().cause()) {
+      try {
+        std::rethrow_exception(call.error().cause());
+      } catch (const AsioError& e) {
+        if (e.code() == net::error::operation_aborted) return;
+      } catch (...) {
+      }
+    } else if (call.error() == BridgeError::Cancelled) {
+      return;
+    }
+    options_.on_unjoined_error(call.error());
+  } catch (...) {
+  }
+}
+
+RUNTIME_BRIDGE_INLINE Worker::Worker(Options options) : options_(std::move(options)) {
+  if (options_.max_in_flight == 0) {
+    throw std::system_error(std::make_error_code(std::errc::invalid_argument), "runtime_bridge: max_in_flight is zero");
+  }
+  registry_.introduce([](void* worker) { static_cast<Worker*>(worker)->probe(); }, this);
+}
+
+RUNTIME_BRIDGE_INLINE Worker::~Worker() { registry_.forget(); }
+
+RUNTIME_BRIDGE_INLINE void Worker::probe() noexcept {
+  if (!registry_.ask()) return;
+  const auto admission = gate_.admit_post();
+  if (!admission) return registry_.answer();
+  context_.post(probe_memory_, [this] { registry_.answer(); });
+}
+
+RUNTIME_BRIDGE_INLINE net::io_context::executor_type Worker::get_executor() noexcept {
+  // Who builds an I/O object makes Asio open the reactor. It must be ours.
+  if (!context_.has_reactor() && !forked()) {
+    const std::lock_guard lock(mutex_);
+    try {
+      context_.open_reactor();
+    } catch (...) {
+      // The caller's I/O object will fail in the same way, and the first call.
+    }
+  }
+  return context_.get_executor();
+}
+
+RUNTIME_BRIDGE_INLINE Stats Worker::stats() const noexcept {
+  if (forked()) return {};
+  Stats stats = registry_.stats();
+  stats.in_flight = in_flight();
+  return stats;
+}
 
 RUNTIME_BRIDGE_INLINE void Worker::start() {
   if (started_.load(std::memory_order_acquire)) return;  // pairs with the store below
@@ -1861,6 +2741,7 @@ RUNTIME_BRIDGE_INLINE void Worker::run() noexcept {
   mode_ = Mode::stopped;
   spin_.stop();
   const bool cut_off = gate_.in_flight() != 0;
+  release_waiting();
   context_.destroy_leftovers(end_calls());
 
   const std::lock_guard lock(mutex_);
@@ -1946,7 +2827,8 @@ RUNTIME_BRIDGE_INLINE void Worker::cancel_all() noexcept {
   context_.post(cancel_memory_, [this] {
     if (mode_ == Mode::stopped) return;
     mode_ = Mode::cancelling;
-    signals_.emit_to_all(Emission::cancel, [](Call& call) { return call.ask(BridgeError::Cancelled); });
+    release_waiting();
+    signals_.emit_to_all(Emission::cancel, [](Call& call) { return call.record().ask(BridgeError::Cancelled); });
   });
 }
 
@@ -1972,7 +2854,7 @@ RUNTIME_BRIDGE_INLINE void Worker::detach() noexcept {
 #endif  // RUNTIME_BRIDGE_DECLARATIONS_ONLY
 
 // =====================================================================================================================
-// 15. Task call. Instantiated for each type that tasks give, and not for each task, to keep compile times low.
+// 16. Task call. Instantiated for each type that tasks give, and not for each task, to keep compile times low.
 
 /// The part of a call that runs a coroutine, whatever that returns.
 template <class Ex>
@@ -2276,13 +3158,15 @@ using TaskCall = std::conditional_t<is_awaitable<Called>, CoroutineCall<Called>,
 /// Runs a task and waits for it: see `RuntimeBridge::block_on_until`. Not inlined, so that call sites stay small.
 template <class Called, class Task, class Clock, class Duration>
 [[gnu::noinline]] auto block_on(const std::shared_ptr<Worker>& bridge, Task task,
-                                const std::chrono::time_point<Clock, Duration>& deadline, const StopToken& stop)
+                                const std::chrono::time_point<Clock, Duration>& deadline, const StopToken& stop,
+                                const SourceLocation& where, std::string* name)
     -> Result<typename TaskCall<Called>::Value> {
   // The bridge may be destroyed meanwhile. NOLINTNEXTLINE(performance-unnecessary-copy-initialization)
   const std::shared_ptr<Worker> worker = bridge;
   TaskCall<Called> call(std::move(task));
   if (!worker) return failure(BridgeError::WorkerDead, "the bridge was moved from");
-  if (auto refusal = worker->block(call, deadline, stop)) return unexpected<BridgeError>(*std::move(refusal));
+  if (auto refusal = worker->block(call, deadline, stop, where, name))
+    return unexpected<BridgeError>(*std::move(refusal));
   return call.result();
 }
 
@@ -2290,7 +3174,7 @@ template <class Called, class Task, class Clock, class Duration>
 }  // namespace detail
 
 // =====================================================================================================================
-// 16. RuntimeBridge and JoinHandle
+// 17. RuntimeBridge and JoinHandle
 
 inline namespace RUNTIME_BRIDGE_FLAVOUR {
 
@@ -2371,8 +3255,27 @@ class RuntimeBridge {
     return worker_->get_executor();
   }
 
-  /// The number of calls that were admitted and have not ended.
+  /// The number of calls that were admitted and have not ended. Those that wait for their turn are not counted.
   [[nodiscard]] std::size_t in_flight() const noexcept { return worker_ ? worker_->in_flight() : 0; }
+
+  /// The calls in flight, those that wait for their turn included; the oldest first. Never waits for the worker, which
+  /// may be stuck. Empty in a forked child.
+  [[nodiscard]] std::vector<CallInfo> calls() const { return worker_ ? worker_->calls() : std::vector<CallInfo>(); }
+
+  /// What has become of the calls since the bridge was made. All zero in a forked child.
+  [[nodiscard]] Stats stats() const noexcept { return worker_ ? worker_->stats() : Stats(); }
+
+  /// Writes what all bridges of the process are doing, a line for each bridge and each call: where it was made, for how
+  /// long it has been in flight, who waits for it, which bridge waits for which, and whether the worker is idle or for
+  /// how long it has not come back to its loop. For people: the text may change.
+  ///
+  /// Any thread may call this, but not a signal handler. It never waits for a worker that is stuck, but gives each
+  /// worker up to 50 ms to answer. Bridges of other modules are in it if the linker unites their symbols. A forked
+  /// child has only its own.
+  static void report(std::ostream& out) {
+    const std::string text = detail::CallRegistry::report();
+    out.write(text.data(), static_cast<std::streamsize>(text.size()));
+  }
 
   /// Runs a task on the worker and waits until it is over.
   ///
@@ -2406,17 +3309,21 @@ class RuntimeBridge {
   ///
   /// Not for coroutines, which can `co_await`; not for work that only computes, since it holds up all other calls; not
   /// for a task that waits for something that only the blocked caller could do.
+  ///
+  /// `where` is for diagnosis. A function that wraps this one may take it from its own caller, in the same way.
   template <class Task>
-  [[nodiscard]] Result<detail::TaskValue<Task>> block_on(Task&& task, detail::StopToken stop = {}) const {
-    return block_on_until(std::forward<Task>(task), (detail::SteadyTime::max)(), std::move(stop));
+  [[nodiscard]] Result<detail::TaskValue<Task>> block_on(Task&& task, detail::StopToken stop = {},
+                                                         SourceLocation where = SourceLocation::current()) const {
+    return run<Task>(task, (detail::SteadyTime::max)(), stop, where, nullptr);
   }
 
   /// `block_on` with a deadline: this long from now. A duration that is too long for the clock means no deadline. If it
   /// is zero or less, the task is not started.
   template <class Task, class Rep, class Period>
   [[nodiscard]] Result<detail::TaskValue<Task>> block_on_for(Task&& task, std::chrono::duration<Rep, Period> timeout,
-                                                             detail::StopToken stop = {}) const {
-    return block_on_until(std::forward<Task>(task), detail::time_after(timeout), std::move(stop));
+                                                             detail::StopToken stop = {},
+                                                             SourceLocation where = SourceLocation::current()) const {
+    return run<Task>(task, detail::time_after(timeout), stop, where, nullptr);
   }
 
   /// `block_on` with a deadline, of any clock. If the deadline has already passed, the task is not started. If a clock
@@ -2425,21 +3332,9 @@ class RuntimeBridge {
   template <class Task, class Clock, class Duration>
   [[nodiscard]] Result<detail::TaskValue<Task>> block_on_until(Task&& task,
                                                                std::chrono::time_point<Clock, Duration> deadline,
-                                                               detail::StopToken stop = {}) const {
-    detail::assert_task<Task>();
-    if constexpr (!detail::is_task<Task>) {
-      return detail::failure(BridgeError::WorkerDead, "not a Task");
-    } else if constexpr (std::is_function_v<std::remove_reference_t<Task>>) {
-      return block_on_until(&task, deadline, std::move(stop));
-    } else {
-      using Called = typename detail::TaskTraits<Task>::Called;
-      if constexpr (detail::is_awaitable<Task>) {
-        return detail::block_on<Called>(worker_, std::forward<Task>(task), deadline, stop);
-      } else {
-        const auto pointer = detail::TaskPointer<Called>::template to<Task>(task);
-        return detail::block_on<Called>(worker_, pointer, deadline, stop);
-      }
-    }
+                                                               detail::StopToken stop = {},
+                                                               SourceLocation where = SourceLocation::current()) const {
+    return run<Task>(task, deadline, stop, where, nullptr);
   }
 
   /// Runs a task on the worker without waiting. The task must own its data, since it may outlive the caller.
@@ -2447,7 +3342,7 @@ class RuntimeBridge {
   /// Tasks are as for `block_on`, and so is the result of `JoinHandle::join`. This never waits, so it may be called on
   /// the worker itself. Throws `std::bad_alloc` like `block_on`.
   template <class Task>
-  JoinHandle<detail::TaskValue<Task>> submit(Task&& task) const;
+  JoinHandle<detail::TaskValue<Task>> submit(Task&& task, SourceLocation where = SourceLocation::current()) const;
 
   /// Admits no more calls, waits for those in flight, and ends the worker. Later calls return `WorkerDead`.
   ///
@@ -2465,6 +3360,37 @@ class RuntimeBridge {
   }
 
  private:
+  /// What all calls that wait do. `name` is moved from, or null.
+  template <class Task, class Clock, class Duration>
+  Result<detail::TaskValue<Task>> run(std::remove_reference_t<Task>& task,
+                                      const std::chrono::time_point<Clock, Duration>& deadline,
+                                      const detail::StopToken& stop, const SourceLocation& where,
+                                      std::string* name) const {
+    detail::assert_task<Task>();
+    if constexpr (!detail::is_task<Task>) {
+      return detail::failure(BridgeError::WorkerDead, "not a Task");
+    } else if constexpr (detail::is_named<std::remove_cvref_t<Task>>) {
+      std::string own_name = std::forward<Task>(task).name;
+      return run<detail::Unnamed<Task>>(task.task, deadline, stop, where, &own_name);
+    } else if constexpr (std::is_function_v<std::remove_reference_t<Task>>) {
+      auto* const pointer = &task;
+      return run<decltype(pointer)>(pointer, deadline, stop, where, name);
+    } else {
+      using Called = typename detail::TaskTraits<Task>::Called;
+      if constexpr (detail::is_awaitable<Task>) {
+        return detail::block_on<Called>(worker_, std::forward<Task>(task), deadline, stop, where, name);
+      } else {
+        const auto pointer = detail::TaskPointer<Called>::template to<Task>(task);
+        return detail::block_on<Called>(worker_, pointer, deadline, stop, where, name);
+      }
+    }
+  }
+
+  /// What all of `submit` does.
+  template <class Task>
+  JoinHandle<detail::TaskValue<Task>> send(std::remove_reference_t<Task>& task, const SourceLocation& where,
+                                           std::string* name) const;
+
   std::shared_ptr<detail::Worker> worker_;
 };
 
@@ -2489,7 +3415,11 @@ class [[nodiscard]] JoinHandle {
   [[gnu::noinline]] ~JoinHandle() {
     if (!joinable()) return;
     request_stop();
-    (void)wait_until((detail::SteadyTime::max)());
+    if (wait_until((detail::SteadyTime::max)()) || !worker_) {
+      if (worker_ && call_->completed()) worker_->note_unjoined(*call_);
+    } else {
+      detach();
+    }
   }
 
   /// Whether there is a task to join.
@@ -2509,7 +3439,7 @@ class [[nodiscard]] JoinHandle {
       if (!wait.begin(worker_->node(), &call_->wait_record(), &ring)) {
         return detail::unexpected<BridgeError>({BridgeError::WouldDeadlock, nullptr, std::move(ring)});
       }
-      call_->wait();
+      worker_->wait(*call_);
     }
     joined_ = true;
     return call_->result();
@@ -2531,9 +3461,9 @@ class [[nodiscard]] JoinHandle {
     if (call_ && worker_ && !call_->detached()) worker_->cancel(*call_, BridgeError::Cancelled);
   }
 
-  /// Lets the task run on. Its result is discarded.
+  /// Lets the task run on. Its result is discarded; its error goes to `Options::on_unjoined_error`.
   void detach() noexcept {
-    if (call_) call_->detach();
+    if (call_ && !joined_ && call_->detach() && worker_) worker_->note_unjoined(*call_);
   }
 
  private:
@@ -2545,14 +3475,15 @@ class [[nodiscard]] JoinHandle {
   /// What `submit` does, for all tasks that give the same type. `own` gives the task to the call.
   template <class Called>
   [[gnu::noinline]] static JoinHandle submit(const std::shared_ptr<detail::Worker>& bridge, void* task,
-                                             void (*own)(detail::TaskCall<Called>& call, void* task)) {
+                                             void (*own)(detail::TaskCall<Called>& call, void* task),
+                                             const SourceLocation& where, std::string* name) {
     std::shared_ptr<detail::Worker> worker = bridge;  // the bridge may be destroyed meanwhile
     auto call = std::make_shared<detail::TaskCall<Called>>();
     own(*call, task);
     if (!worker) {
       call->refuse({BridgeError::WorkerDead, nullptr, detail::static_text("the bridge was moved from")});
-    } else if (auto refusal = worker->send(*call, nullptr, call)) {
-      call->refuse(*std::move(refusal));
+    } else {
+      worker->submit(call, where, name);
     }
     return {std::move(worker), std::move(call)};
   }
@@ -2560,7 +3491,7 @@ class [[nodiscard]] JoinHandle {
   bool wait_until(detail::SteadyTime deadline) const {
     if (done()) return true;
     detail::WaitScope wait;
-    return wait.begin(worker_->node(), &call_->wait_record()) && call_->wait_until(deadline);
+    return wait.begin(worker_->node(), &call_->wait_record()) && worker_->wait(*call_, deadline);
   }
 
   std::shared_ptr<detail::Worker> worker_;
@@ -2568,24 +3499,36 @@ class [[nodiscard]] JoinHandle {
   bool joined_ = false;  // `call_` stays, for other threads may be asking it to stop
 };
 
-// Here, because it needs JoinHandle.
+// Here, because they need JoinHandle.
+
 template <class Task>
-JoinHandle<detail::TaskValue<Task>> RuntimeBridge::submit(Task&& task) const {
-  constexpr bool can_be_kept = std::constructible_from<std::decay_t<Task>, Task>;
+JoinHandle<detail::TaskValue<Task>> RuntimeBridge::submit(Task&& task, SourceLocation where) const {
+  return send<Task>(task, where, nullptr);
+}
+
+template <class Task>
+JoinHandle<detail::TaskValue<Task>> RuntimeBridge::send(std::remove_reference_t<Task>& task,
+                                                        const SourceLocation& where, std::string* name) const {
+  constexpr bool can_be_kept = std::constructible_from<std::decay_t<detail::Unnamed<Task>>, detail::Unnamed<Task>>;
   detail::assert_task<Task>();
   static_assert(!detail::is_task<Task> || can_be_kept,
                 "runtime_bridge: submit keeps the task, and this one cannot be copied: give it up: "
                 "submit(std::move(task))");
   if constexpr (!detail::is_task<Task> || !can_be_kept) {
     return {};
+  } else if constexpr (detail::is_named<std::remove_cvref_t<Task>>) {
+    std::string own_name = std::forward<Task>(task).name;
+    return send<detail::Unnamed<Task>>(task.task, where, &own_name);
   } else if constexpr (std::is_function_v<std::remove_reference_t<Task>>) {
-    return submit(&task);
+    auto* const pointer = &task;
+    return send<decltype(pointer)>(pointer, where, name);
   } else {
     using Called = typename detail::TaskTraits<std::decay_t<Task>>::Called;
     const auto own = [](detail::TaskCall<Called>& call, void* t) {
       call.own(std::forward<Task>(*static_cast<std::remove_reference_t<Task>*>(t)));
     };
-    return JoinHandle<detail::TaskValue<Task>>::template submit<Called>(worker_, detail::address_of(task), own);
+    return JoinHandle<detail::TaskValue<Task>>::template submit<Called>(worker_, detail::address_of(task), own, where,
+                                                                        name);
   }
 }
 

@@ -270,6 +270,7 @@ inline void judge(const Record& r, const Result<Payload>& result, int held) {
     case BridgeError::TimedOut: check(Clock::now() >= r.deadline, "the deadline has not passed"); break;
     case BridgeError::Cancelled: check(r.source.stop_requested() || history.cancelled, "nobody asked for it"); break;
     case BridgeError::WouldDeadlock: check(r.started == 0, "it was started and refused"); break;
+    case BridgeError::Overloaded: check(false, "this bridge has no limit"); break;
   }
 }
 
