@@ -669,7 +669,8 @@ struct Options {
   /// The age at which a call is slow.
   std::chrono::nanoseconds slow_after = (std::chrono::nanoseconds::max)();
   /// Called with each call that is slow, on the thread that waits for it (in `block_on`, `join`, `wait_for` or the
-  /// handle's destructor), and again each time the call's age has doubled. It may call `RuntimeBridge::report`.
+  /// handle's destructor), and again each time the call's age has doubled. It may call `RuntimeBridge::report`, and make
+  /// calls; but if that thread is the worker of another bridge, they return `WouldDeadlock`.
   std::function<void(const CallInfo&)> on_slow_call = nullptr;
   /// Called once for each call, when it has ended or was refused, before its result can be seen: on the thread that
   /// called `block_on`; for a submitted call on the worker, or on the thread whose `submit` was refused.
@@ -1310,11 +1311,15 @@ class WaitNode {
 
   /// If this thread is a worker, records that it is about to wait for this bridge: for `call`, or if that is null for
   /// its end. If that would close a ring of waiting workers it records nothing and returns false, with the names of the
-  /// ring in `ring` if that is not null.
+  /// ring in `ring` if that is not null. So it does if the worker waits already, and this is a hook.
   bool begin_wait(WaitRecord* call, std::shared_ptr<const char>* ring) {
     WaitNode* const waiter = on_worker() ? this : current_node_();
     if (!waiter) return true;
     const std::lock_guard lock(mutex_);
+    if (waiter->waits_for_) {
+      if (ring) *ring = static_text("a hook on a worker that waits for a bridge cannot wait for another");
+      return false;
+    }
     WaitNode* last = this;
     while (last != waiter && last->waits_for_) last = last->waits_for_;
     if (last == waiter) {
@@ -1597,6 +1602,9 @@ class alignas(64) CallRegistry : private ListNode {
   /// Describes all bridges of this process, those in other modules included if the linker unites their symbols.
   static std::string report();
 
+  /// The bridge admits no more calls.
+  void set_closed() noexcept { closed_.store(true, std::memory_order_relaxed); }
+
   // ---- For `report`: whether the worker answers, while nobody tells of the rounds of its loop.
 
   /// Worker.
@@ -1646,6 +1654,7 @@ class alignas(64) CallRegistry : private ListNode {
   void (*probe_)(void* worker) = nullptr;
   void* worker_ = nullptr;
   std::atomic<SteadyTime::rep> asked_at_{0};  // 0: it has answered
+  std::atomic<bool> closed_{false};
 
   alignas(64) mutable std::mutex calls_mutex_;  // guards what follows
   ListNode calls_;
@@ -1739,6 +1748,7 @@ RUNTIME_BRIDGE_INLINE void CallRegistry::describe(std::ostream& out, SteadyTime 
   out << Printable{node_.name()} << '#' << node_.number() << ": " << calls.size()
       << (calls.size() == 1 ? " call" : " calls") << " in flight; ";
   describe_worker(out, calls, now);
+  if (closed_ && node_.has_worker()) out << "; the bridge is being shut down";
   const auto waits = [](const CallInfo& call) { return call.state == State::waiting; };
   if (const auto waiting = std::count_if(calls.begin(), calls.end(), waits)) {
     out << "; " << waiting << (waiting == 1 ? " call waits" : " calls wait") << " for one of the " << max_in_flight_
@@ -1758,7 +1768,7 @@ RUNTIME_BRIDGE_INLINE void CallRegistry::describe_worker(std::ostream& out, cons
     return call.state == State::running || call.state == State::cancelling;
   };
   if (!node_.has_worker()) {
-    out << "the worker is not running";
+    out << (closed_ ? "the worker has ended" : "the worker has not started");
   } else if (const std::string other = node_.waits_for(); !other.empty()) {
     out << "the worker has been waiting for " << Printable{other} << " for " << Seconds{busy};
   } else if (busy > std::chrono::milliseconds(50)) {
@@ -2738,6 +2748,7 @@ RUNTIME_BRIDGE_INLINE void Worker::run() noexcept {
 
   // Somebody has stopped the context. From here on no thread of ours posts, and no call is started.
   gate_.close();
+  registry_.set_closed();
   mode_ = Mode::stopped;
   spin_.stop();
   const bool cut_off = gate_.in_flight() != 0;
@@ -2787,6 +2798,7 @@ RUNTIME_BRIDGE_INLINE std::size_t Worker::end_calls() noexcept {
 
 RUNTIME_BRIDGE_INLINE bool Worker::shut_down(Shutdown how, SteadyTime deadline, bool last) noexcept {
   gate_.close_to_calls();
+  registry_.set_closed();
   if (how == Shutdown::cancel) cancel_all();
   // If calls are in flight, the last one of them stops the loop.
   if (gate_.in_flight() == 0 || has_passed(deadline)) stop();
