@@ -669,8 +669,8 @@ struct Options {
   /// The age at which a call is slow.
   std::chrono::nanoseconds slow_after = (std::chrono::nanoseconds::max)();
   /// Called with each call that is slow, on the thread that waits for it (in `block_on`, `join`, `wait_for` or the
-  /// handle's destructor), and again each time the call's age has doubled. It may call `RuntimeBridge::report`, and make
-  /// calls; but if that thread is the worker of another bridge, they return `WouldDeadlock`.
+  /// handle's destructor), and again each time the call's age has doubled. It may call `RuntimeBridge::report`, and
+  /// make calls; but if that thread is the worker of another bridge, they return `WouldDeadlock`.
   std::function<void(const CallInfo&)> on_slow_call = nullptr;
   /// Called once for each call, when it has ended or was refused, before its result can be seen: on the thread that
   /// called `block_on`; for a submitted call on the worker, or on the thread whose `submit` was refused.
@@ -1119,7 +1119,8 @@ class Context : public net::io_context {
  public:
   using Hook = std::function<void(std::exception_ptr)>;
 
-  explicit Context(const Hook& on_stray_exception) : on_stray_exception_(on_stray_exception) {}
+  Context(const Hook& on_stray_exception, Heartbeat& heartbeat)
+      : on_stray_exception_(on_stray_exception), heartbeat_(heartbeat) {}
 
   /// Opens the reactor's descriptors now. Asio would open them with the first timer or socket, and that would be what
   /// fails. One thread at a time.
@@ -1138,8 +1139,6 @@ class Context : public net::io_context {
   }
 
   bool has_reactor() const noexcept { return has_reactor_.load(std::memory_order_acquire); }
-
-  Heartbeat& heartbeat() noexcept { return heartbeat_; }
 
   /// Posts `handler` in memory that is allocated already.
   template <class Handler>
@@ -1251,7 +1250,7 @@ class Context : public net::io_context {
   }
 
   const Hook& on_stray_exception_;
-  Heartbeat heartbeat_;
+  Heartbeat& heartbeat_;
   std::atomic<bool> has_reactor_{false};
   std::optional<net::executor_work_guard<executor_type>> work_{get_executor()};
 };
@@ -1666,8 +1665,8 @@ class alignas(64) CallRegistry : private ListNode {
 
 /// For people: milliseconds, or tenths of a second.
 struct Seconds {
-  friend std::ostream& operator<<(std::ostream& out, Seconds time) {
-    const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(time.time).count();
+  friend std::ostream& operator<<(std::ostream& out, Seconds seconds) {
+    const auto ms = std::chrono::duration_cast<std::chrono::milliseconds>(seconds.time).count();
     if (ms < 1000) return out << ms << " ms";
     return out << ms / 1000 << "." << ms % 1000 / 100 << " s";
   }
@@ -1677,9 +1676,9 @@ struct Seconds {
 
 /// Text that somebody else has chosen, its control characters escaped.
 struct Printable {
-  friend std::ostream& operator<<(std::ostream& out, Printable text) {
+  friend std::ostream& operator<<(std::ostream& out, Printable printable) {
     constexpr std::string_view digits = "0123456789abcdef";
-    for (const char c : text.text) {
+    for (const char c : printable.text) {
       const auto byte = static_cast<unsigned char>(c);
       if (byte >= 0x20 && byte != 0x7f) {
         out << c;
@@ -1694,8 +1693,8 @@ struct Printable {
 };
 
 struct Quoted {
-  friend std::ostream& operator<<(std::ostream& out, Quoted text) {
-    return text.text.empty() ? out : out << " \"" << Printable{text.text} << '"';
+  friend std::ostream& operator<<(std::ostream& out, Quoted quoted) {
+    return quoted.text.empty() ? out : out << " \"" << Printable{quoted.text} << '"';
   }
 
   std::string_view text;
@@ -2439,14 +2438,16 @@ class Worker : public std::enable_shared_from_this<Worker> {
   std::atomic<bool> turns_posted_{false};
   std::atomic<std::size_t> running_{0};  // calls that have their turn
   std::atomic<std::size_t> waiting_{0};  // those in `row_`
-  CallRegistry registry_{node_, fork_counter_, context_.heartbeat(), options_.max_in_flight};
+  Heartbeat heartbeat_;
+  CallRegistry registry_{node_, fork_counter_, heartbeat_, options_.max_in_flight};
 
   // The worker's.
   Mode mode_ = Mode::open;
   ListNode row_;  // of calls that wait for their turn
   CancelSignals signals_{context_};
 
-  Context context_{options_.on_stray_exception};  // below what its handlers use when they are destroyed with it
+  Context context_{options_.on_stray_exception,
+                   heartbeat_};  // below what its handlers use when they are destroyed with it
 
   Worker* leaked_before_ = nullptr;
   std::shared_ptr<Worker> leaked_owner_;
@@ -2571,7 +2572,7 @@ RUNTIME_BRIDGE_INLINE void Worker::start_task(CallRef ref) noexcept {
   Call& call = ref.call();
   call.record().set_state(State::running);
   if (options_.on_call_end) call.record().set_task_started();
-  const Heartbeat::Step step(context_.heartbeat());
+  const Heartbeat::Step step(heartbeat_);
   call.start(std::move(ref));
 }
 

@@ -326,7 +326,10 @@ TEST_CASE("report: names bridges, calls and callers") {
 
 TEST_CASE("report: says what the worker does") {
   RuntimeBridge bridge;
-  SECTION("idle") { CHECK_THAT(report(), ContainsSubstring(": 0 calls in flight; the worker is idle\n")); }
+  SECTION("idle") {
+    unwrap(bridge.block_on([] {}));  // the worker has started
+    CHECK_THAT(report(), ContainsSubstring(": 0 calls in flight; the worker is idle\n"));
+  }
   SECTION("idle, with tasks that wait") {
     auto handle = bridge.submit(park());
     await_all(bridge, State::running);
@@ -464,6 +467,7 @@ TEST_CASE("report: the flags of the stream do not matter") {
   CHECK(out.str().rfind("runtime_bridge: 1 bridge\n", 0) == 0);
 }
 
+#ifndef SANITIZED  // the runtimes do not survive a fork of a busy process
 TEST_CASE("report: bridges come and go, and fork", "[race][child]") {
   std::atomic<bool> stop{false};
   std::vector<jthread> threads;
@@ -497,6 +501,7 @@ TEST_CASE("report: bridges come and go, and fork", "[race][child]") {
   }
   stop = true;
 }
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The hooks

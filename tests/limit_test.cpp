@@ -195,7 +195,6 @@ TEST_CASE("limit: a ring is found while a call waits for its turn") {
   RuntimeBridge a(limited(1));
   RuntimeBridge b(limited(1));
   Result<Outcome> ring;
-  std::binary_semaphore may_call(0);
   // The task of a holds its only turn and waits for b, whose task calls a: that call would wait for that turn.
   ring = a.block_on([&] { return unwrap(b.block_on([&] { return outcome(a.block_on([] {})); })); });
   REQUIRE(ring);
