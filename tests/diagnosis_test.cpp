@@ -262,6 +262,48 @@ TEST_CASE("named: every kind of task can have a name") {
   for (const auto& entry : told) CHECK(entry.told.name == name);
 }
 
+namespace {
+
+/// The caller that reads it is held until the test lets it go on.
+struct HeldClock {
+  using duration = std::chrono::nanoseconds;
+  using rep = duration::rep;
+  using period = duration::period;
+  using time_point = std::chrono::time_point<HeldClock>;
+  static constexpr bool is_steady = true;
+  static time_point now() {
+    if (++reads > 1) {  // the first comes before the call
+      held = true;
+      go_on.acquire();
+    }
+    return time_point();
+  }
+
+  static inline std::atomic<int> reads{0};
+  static inline std::atomic<bool> held{false};
+  static inline std::counting_semaphore<> go_on{0};
+};
+
+}  // namespace
+
+TEST_CASE("calls: what has ended is not listed, even if its caller is not awake yet") {
+  Options options;
+  options.spin_limit = 0us;
+  RuntimeBridge bridge(std::move(options));
+  std::atomic<bool> may_end{false};
+  Result<void> result;
+  jthread caller(
+      [&] { result = bridge.block_on_until([&] { return run_until(may_end); }, HeldClock::time_point(1h)); });
+  await_state([] { return HeldClock::held.load(); });
+  CHECK(bridge.calls().size() == 1);
+  may_end = true;
+  await_state([&] { return bridge.in_flight() == 0; });
+  CHECK(bridge.calls().empty());
+  HeldClock::go_on.release(100);
+  caller.join();
+  CHECK(result);
+}
+
 TEST_CASE("calls: what has ended is not listed, whoever asks", "[race]") {
   RuntimeBridge bridge;
   std::atomic<bool> stop{false};
