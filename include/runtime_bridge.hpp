@@ -154,7 +154,6 @@
 
 #ifdef RUNTIME_BRIDGE_HAS_ASIO
 #include <pthread.h>
-#include <time.h>
 
 #include <algorithm>
 #include <array>
@@ -166,6 +165,7 @@
 #include <csignal>
 #include <cstddef>
 #include <cstdint>
+#include <ctime>
 #include <exception>
 #include <forward_list>
 #include <functional>
@@ -1050,8 +1050,10 @@ class Gate {
 // =====================================================================================================================
 // 8. Context
 
+inline constexpr std::size_t cache_line = 64;
+
 /// Tells since when the worker has not come back to its loop.
-class alignas(64) Heartbeat {
+class Heartbeat {
  public:
   /// Worker: it looks for what is ready.
   void begin_wait() noexcept { busy_since_.store(waits, std::memory_order_relaxed); }
@@ -1091,7 +1093,8 @@ class alignas(64) Heartbeat {
  private:
   static constexpr SteadyTime::rep waits = 0;
 
-  std::atomic<SteadyTime::rep> busy_since_{waits};
+  // Apart from what callers write: a line that two processors write is slow for both.
+  alignas(cache_line) std::atomic<SteadyTime::rep> busy_since_{waits};
   std::atomic<bool> watched_{false};
 };
 
@@ -1539,7 +1542,7 @@ class CallRecord : private ListNode {
 };
 
 /// The calls of a bridge: which are in flight, and how many have ended in which way. Knows all bridges of the process.
-class alignas(64) CallRegistry : private ListNode {
+class CallRegistry : private ListNode {
  public:
   CallRegistry(const WaitNode& node, const ForkCounter& fork_counter, const Heartbeat& heartbeat,
                std::size_t max_in_flight)
@@ -1655,7 +1658,7 @@ class alignas(64) CallRegistry : private ListNode {
   std::atomic<SteadyTime::rep> asked_at_{0};  // 0: it has answered
   std::atomic<bool> closed_{false};
 
-  alignas(64) mutable std::mutex calls_mutex_;  // guards what follows
+  alignas(cache_line) mutable std::mutex calls_mutex_;  // guards what follows
   ListNode calls_;
   std::size_t listed_ = 0;
   Stats counts_;
