@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The lock for coroutines of the examples (support/async_mutex.hpp).
+
+#include "support/async_mutex.hpp"
+
+#include <algorithm>
+#include <array>
+#include <future>
+#include <vector>
+
+#include "support.hpp"
+
+using runtime_bridge::Shutdown;
+
+namespace {
+
+/// Counts the coroutines that are between `enter` and `leave`.
+class Room {
+ public:
+  void enter() { most_ = std::max(most_, ++inside_); }
+  void leave() { --inside_; }
+  int most() const { return most_; }
+
+ private:
+  int inside_ = 0;
+  int most_ = 0;
+};
+
+/// Takes the lock, and holds it until it is told to let go.
+class Holder {
+ public:
+  Holder(const RuntimeBridge& bridge, AsyncMutex& mutex)
+      : call_(bridge.submit([&mutex]() -> awaitable<void> {
+          const auto guard = co_await mutex.lock();
+          auto parked = park();
+          co_await std::move(parked);
+        })) {
+    await_calls(bridge, 1);
+  }
+
+  void let_go() { call_ = {}; }
+
+ private:
+  JoinHandle<void> call_;
+};
+
+awaitable<void> take(AsyncMutex& mutex) { const auto guard = co_await mutex.lock(); }
+
+/// A task that waits for the lock, and gives its number once it has it.
+auto waits(AsyncMutex& mutex, std::vector<int>& order, int number) {
+  return [&mutex, &order, number]() -> awaitable<void> {
+    const auto guard = co_await mutex.lock();
+    order.push_back(number);
+    co_await asio::post(use_awaitable);
+  };
+}
+
+}  // namespace
+
+TEST_CASE("async mutex: one caller at a time", "[race]") {
+  RuntimeBridge bridge;
+  AsyncMutex mutex(bridge.get_executor());
+  constexpr int rounds = 200;
+  Room room;
+  int total = 0;
+  const auto task = [&]() -> awaitable<void> {
+    const auto guard = co_await mutex.lock();
+    room.enter();
+    const int before = total;
+    co_await asio::post(use_awaitable);
+    total = before + 1;
+    room.leave();
+  };
+  std::array<std::future<bool>, 8> callers;
+  for (auto& caller : callers) {
+    caller = std::async(std::launch::async, [&] {
+      bool all = true;
+      for (int i = 0; i < rounds; ++i) all = bridge.block_on(task).has_value() && all;
+      return all;
+    });
+  }
+  for (auto& caller : callers) CHECK(caller.get());
+  CHECK(room.most() == 1);
+  CHECK(total == 8 * rounds);
+}
+
+TEST_CASE("async mutex: coroutines get it in the order of their arrival") {
+  RuntimeBridge bridge;
+  AsyncMutex mutex(bridge.get_executor());
+  std::vector<int> order;
+  Holder holder(bridge, mutex);
+  std::vector<JoinHandle<void>> waiting;
+  for (int i = 0; i < 5; ++i) waiting.push_back(bridge.submit(waits(mutex, order, i)));
+  await_calls(bridge, 6);
+  CHECK(order.empty());
+  holder.let_go();
+  for (auto& call : waiting) CHECK(outcome(call.join()) == succeeded);
+  CHECK(order == std::vector{0, 1, 2, 3, 4});
+}
+
+TEST_CASE("async mutex: who comes later does not overtake those that wait") {
+  RuntimeBridge bridge;
+  AsyncMutex mutex(bridge.get_executor());
+  std::vector<int> order;
+  const auto task = [&]() -> awaitable<void> {
+    for (int i = 0; i < 3; ++i) {
+      const auto guard = co_await mutex.lock();
+      order.push_back(0);
+      if (i == 0) {  // the other one waits from here on
+        auto waiting = asio::co_spawn(co_await asio::this_coro::executor, waits(mutex, order, 1), asio::use_future);
+        co_await asio::post(use_awaitable);
+      }
+    }
+  };
+  unwrap(bridge.block_on(task));
+  CHECK(order == std::vector{0, 1, 0, 0});
+}
+
+TEST_CASE("async mutex: a deadline ends the wait, and the lock still works") {
+  RuntimeBridge bridge;
+  AsyncMutex mutex(bridge.get_executor());
+  std::vector<int> order;
+  Holder holder(bridge, mutex);
+  JoinHandle<void> first;
+  bool others_wait = false;
+  SECTION("alone") {}
+  SECTION("with others in the queue") {
+    others_wait = true;
+    first = bridge.submit(waits(mutex, order, 1));
+    await_calls(bridge, 2);
+  }
+  const auto task = [&] { return take(mutex); };
+  CHECK(outcome(bridge.block_on_for(task, 20ms)).error == BridgeError::TimedOut);
+  auto last = bridge.submit(waits(mutex, order, 2));
+  await_calls(bridge, others_wait ? 3 : 2);
+  holder.let_go();
+  if (others_wait) CHECK(outcome(first.join()) == succeeded);
+  CHECK(outcome(last.join()) == succeeded);
+  CHECK(order == (others_wait ? std::vector{1, 2} : std::vector{2}));
+  CHECK(outcome(bridge.block_on(task)) == succeeded);
+}
+
+TEST_CASE("async mutex: a coroutine that is cancelled between getting the lock and going on gives it back") {
+  RuntimeBridge bridge;
+  AsyncMutex mutex(bridge.get_executor());
+  const auto task = [&]() -> awaitable<void> {
+    const auto executor = co_await asio::this_coro::executor;
+    asio::cancellation_signal signal;
+    const auto use = [&]() -> awaitable<void> {
+      const auto guard = co_await mutex.lock();
+      co_await asio::post(use_awaitable);
+    };
+    std::future<void> cancelled;
+    {
+      const auto guard = co_await mutex.lock();
+      cancelled = asio::co_spawn(executor, use, asio::bind_cancellation_slot(signal.slot(), asio::use_future));
+      auto until_it_waits = hops(4);
+      co_await std::move(until_it_waits);
+    }
+    signal.emit(asio::cancellation_type::terminal);
+    const auto guard = co_await mutex.lock();
+    CHECK_THROWS_AS(cancelled.get(), AsioError);
+  };
+  CHECK(outcome(bridge.block_on_for(task, 60s)) == succeeded);
+}
+
+TEST_CASE("async mutex: an exception unlocks it") {
+  RuntimeBridge bridge;
+  AsyncMutex mutex(bridge.get_executor());
+  const auto failing = [&]() -> awaitable<void> {
+    const auto guard = co_await mutex.lock();
+    co_await asio::post(use_awaitable);
+    throw std::runtime_error("lost the connection");
+  };
+  CHECK(outcome(bridge.block_on(failing)) == threw("lost the connection"));
+  CHECK(outcome(bridge.block_on_for([&] { return take(mutex); }, 60s)) == succeeded);
+}
+
+TEST_CASE("async mutex: a guard that was moved from does not unlock") {
+  RuntimeBridge bridge;
+  AsyncMutex mutex(bridge.get_executor());
+  const auto task = [&]() -> awaitable<bool> {
+    std::optional<AsyncMutex::Guard> first(co_await mutex.lock());
+    const AsyncMutex::Guard second(std::move(*first));
+    first.reset();
+    const auto use = [&] { return take(mutex); };
+    auto waiting = asio::co_spawn(co_await asio::this_coro::executor, use, asio::use_future);
+    auto pause = hops(4);
+    co_await std::move(pause);
+    co_return waiting.wait_for(0s) == std::future_status::ready;
+  };
+  CHECK_FALSE(unwrap(bridge.block_on(task)));
+  CHECK(outcome(bridge.block_on_for([&] { return take(mutex); }, 60s)) == succeeded);
+}
+
+TEST_CASE("async mutex: a bridge is stopped with a holder and coroutines that wait") {
+  for (const bool stubborn : {false, true}) {
+    INFO(stubborn);
+    RuntimeBridge bridge;
+    AsyncMutex first(bridge.get_executor()), second(bridge.get_executor());
+    const auto lock_both = [&]() -> awaitable<void> {
+      if (stubborn) co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+      const auto outer = co_await first.lock();
+      const auto inner = co_await second.lock();
+      co_await asio::steady_timer(co_await asio::this_coro::executor, 24h).async_wait(use_awaitable);
+    };
+    std::array<std::future<Outcome>, 6> callers;
+    for (std::size_t i = 0; i < callers.size(); ++i) {
+      callers.at(i) = std::async(std::launch::async, [&, i] {
+        return outcome(i % 2 == 0 ? bridge.block_on(lock_both) : bridge.block_on([&] { return take(second); }));
+      });
+    }
+    await_calls(bridge, callers.size());
+    bridge.shutdown(Shutdown::drain, 0s);  // stops it as the destructor does
+    for (auto& caller : callers) CHECK(caller.get() == response_lost);
+  }
+}
+
+TEST_CASE("async mutex: coroutines that are destroyed while they wait for a second lock let go of the first") {
+  RuntimeBridge bridge;
+  AsyncMutex first(bridge.get_executor()), second(bridge.get_executor());
+  const auto lock = [](AsyncMutex& outer, AsyncMutex& inner) -> awaitable<void> {
+    co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+    const auto guard = co_await outer.lock();
+    co_await asio::post(use_awaitable);
+    const auto both = co_await inner.lock();
+  };
+  // Each pair waits for the other's lock, and the rest for one of them: nothing but channels is left to destroy.
+  std::vector<JoinHandle<void>> tasks;
+  for (int i = 0; i < 3; ++i) {
+    tasks.push_back(bridge.submit([&] { return lock(first, second); }));
+    tasks.push_back(bridge.submit([&] { return lock(second, first); }));
+  }
+  await_calls(bridge, tasks.size());
+  bridge.shutdown(Shutdown::drain, 0s);
+  for (auto& task : tasks) CHECK(outcome(task.join()) == response_lost);
+}
+
+TEST_CASE("async mutex: a bridge is destroyed with callers that wait, after its lock") {
+  std::array<std::future<Outcome>, 3> callers;
+  {
+    RuntimeBridge bridge;
+    AsyncMutex mutex(bridge.get_executor());
+    const auto hold = [&]() -> awaitable<void> {
+      const auto guard = co_await mutex.lock();
+      auto parked = park();
+      co_await std::move(parked);
+    };
+    for (auto& caller : callers) {
+      caller = std::async(std::launch::async, [&] { return outcome(bridge.block_on(hold)); });
+    }
+    await_calls(bridge, callers.size());
+    bridge.shutdown(Shutdown::cancel);  // nobody holds the lock when it is destroyed
+    for (auto& caller : callers) CHECK(caller.get().error == BridgeError::Cancelled);
+  }
+}
