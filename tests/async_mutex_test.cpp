@@ -125,23 +125,28 @@ TEST_CASE("async mutex: a deadline ends the wait, and the lock still works") {
   AsyncMutex mutex(bridge.get_executor());
   std::vector<int> order;
   Holder holder(bridge, mutex);
-  JoinHandle<void> first;
-  bool others_wait = false;
-  SECTION("alone") {}
-  SECTION("with others in the queue") {
-    others_wait = true;
-    first = bridge.submit(waits(mutex, order, 1));
-    await_calls(bridge, 2);
-  }
+  std::vector<JoinHandle<void>> waiting;
+  const auto add = [&](int number) {
+    waiting.push_back(bridge.submit(waits(mutex, order, number)));
+    await_calls(bridge, waiting.size() + 1);
+  };
   const auto task = [&] { return take(mutex); };
-  CHECK(outcome(bridge.block_on_for(task, 20ms)).error == BridgeError::TimedOut);
-  auto last = bridge.submit(waits(mutex, order, 2));
-  await_calls(bridge, others_wait ? 3 : 2);
+  SECTION("nobody else waits") { CHECK(bridge.block_on_for(task, 20ms).error() == BridgeError::TimedOut); }
+  SECTION("between others that wait") {
+    add(1);
+    JoinHandle<void> cancelled = bridge.submit(task);
+    await_calls(bridge, 3);
+    waiting.push_back(bridge.submit(waits(mutex, order, 2)));
+    await_calls(bridge, 4);
+    cancelled.request_stop();
+    CHECK(outcome(cancelled.join()) == BridgeError::Cancelled);
+    CHECK(bridge.block_on_for(task, 20ms).error() == BridgeError::TimedOut);
+    add(3);
+  }
   holder.let_go();
-  if (others_wait) CHECK(outcome(first.join()) == succeeded);
-  CHECK(outcome(last.join()) == succeeded);
-  CHECK(order == (others_wait ? std::vector{1, 2} : std::vector{2}));
-  CHECK(outcome(bridge.block_on(task)) == succeeded);
+  for (auto& call : waiting) CHECK(outcome(call.join()) == succeeded);
+  CHECK(order == (waiting.empty() ? std::vector<int>() : std::vector{1, 2, 3}));
+  CHECK(outcome(bridge.block_on_for(task, 60s)) == succeeded);
 }
 
 TEST_CASE("async mutex: a coroutine that is cancelled between getting the lock and going on gives it back") {
