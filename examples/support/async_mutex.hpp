@@ -47,7 +47,7 @@ class AsyncMutex {
     AsyncMutex* mutex_;
   };
 
-  explicit AsyncMutex(asio::any_io_executor executor) : holder_(std::move(executor), 1) {}
+  explicit AsyncMutex(const asio::any_io_executor& executor) : holder_(executor, 1) {}
 
   asio::awaitable<Guard> lock() {
     if (!holder_.try_send()) co_await holder_.async_send(asio::use_awaitable);
