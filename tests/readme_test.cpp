@@ -3,7 +3,9 @@
 // Compiles and runs the README's examples, except the first. readme_test.cmake checks that each code block of the
 // README is in a file that is compiled, such as this one.
 
+#include <algorithm>
 #include <chrono>
+#include <iostream>
 #include <string>
 #include <string_view>
 
@@ -90,6 +92,73 @@ TEST_CASE("readme: an Asio operation") {
   unwrap(bridge.block_on(timer.async_wait(asio::deferred)));  // asio::experimental::deferred before Asio 1.24
 
   CHECK(timer.expiry() <= std::chrono::steady_clock::now());
+}
+
+TEST_CASE("readme: a report, and the calls in flight") {
+  RuntimeBridge bridge;
+  const auto task = bridge.submit(park());
+  const auto log = [](const std::string&) {};
+
+  RuntimeBridge::report(std::cerr);  // all bridges of the process, and which waits for which
+  for (const CallInfo& call : bridge.calls()) {
+    if (call.age > std::chrono::minutes(1)) log(call.name + " hangs");
+  }
+
+  CHECK(bridge.calls().size() == 1);
+}
+
+namespace {
+
+struct Wrapper {
+  std::string get(const std::string& key, SourceLocation where = SourceLocation::current()) {
+    return unwrap(bridge.block_on(named("get " + key, [&] { return client.get(key); }), {}, where));
+  }
+
+  RuntimeBridge& bridge;
+  Client client;
+};
+
+}  // namespace
+
+TEST_CASE("readme: a wrapper passes on where it was called, and the hooks tell") {
+  struct {
+    void record(std::chrono::steady_clock::duration time) { longest = std::max(longest, time); }
+    std::chrono::steady_clock::duration longest{};
+  } durations;
+  std::string logged;
+  const auto log = [&logged](const std::string& message) { logged = message; };
+
+  Options options;
+  options.slow_after = std::chrono::seconds(5);  // and again after 10, 20, 40, ...; on the thread that waits
+  options.on_slow_call = [](const CallInfo&) { RuntimeBridge::report(std::cerr); };
+  options.on_call_end = [&](const CallEnd& call) { durations.record(call.queued + call.ran); };
+  options.on_unjoined_error = [&](const BridgeError& error) { log(error.message()); };  // nobody joins this task
+  options.max_in_flight = 100;           // more tasks wait for their turn,
+  options.when_full = WhenFull::refuse;  // or their calls return Overloaded at once
+
+  std::string ended;
+  unsigned line = 0;
+  options.on_call_end = [&, record = options.on_call_end](const CallEnd& call) {
+    record(call);
+    ended = call.name;
+    line = static_cast<unsigned>(call.where.line());
+  };
+  options.max_in_flight = 1;
+  RuntimeBridge bridge(options);
+  Wrapper wrapper{bridge, {}};
+  CHECK(wrapper.get("a") == "value of a");
+  CHECK(line == __LINE__ - 1);
+  CHECK(ended == "get a");
+  CHECK(durations.longest > 0ns);
+
+  {
+    const auto running = bridge.submit(park());
+    CHECK(outcome(bridge.block_on([] {})) == BridgeError::Overloaded);
+  }
+  bridge.submit([] { throw std::runtime_error("lost"); }).detach();
+  await_state([&] { return bridge.stats().response_lost == 1; });
+  bridge.shutdown(Shutdown::drain);
+  CHECK(logged == "runtime_bridge: the task threw: lost");
 }
 
 namespace {
