@@ -298,9 +298,10 @@ def statics(name):
     return list(found.values())
 
 
-def has_minimal_symbol(name):
+def has_symbol(name):
+    """Whether the program has a symbol of this name, with debugging information or without."""
     try:
-        gdb.parse_and_eval(f"&'{NAMESPACE}::CallRegistry::{name}'")
+        gdb.parse_and_eval(f"&'{name}'")
         return True
     except gdb.error:
         return False
@@ -314,14 +315,11 @@ def read_bridges():
     except gdb.error:
         registry_type = call_type = None
     if not heads or registry_type is None:
-        if heads or has_minimal_symbol("bridges"):
+        if heads or has_symbol(f"{NAMESPACE}::CallRegistry::bridges"):
             raise Problem("the program has no debugging information about its bridges: compile it with -g")
-        if not any(objfile.has_symbols() for objfile in gdb.objfiles()[:1]):
-            raise Problem("the program has no symbols: use one that is not stripped, compiled with -g")
-        raise Problem(
-            f"there is no {NAMESPACE}::CallRegistry: the program does not use the library, or another version of it,"
-            " or was compiled without -g"
-        )
+        if not has_symbol("main"):
+            raise Problem("the program has no symbols: gdb needs one that is not stripped, compiled with -g")
+        raise Problem(f"the program has no {NAMESPACE}::CallRegistry: it does not use this version of the library")
     bridges = []
     starts = {address(head) for head in heads}
     for head in heads:
