@@ -290,12 +290,27 @@ def statics(name):
     """The static members of CallRegistry with this name: one for each module that does not share its symbols."""
     found = {}
     for objfile in gdb.objfiles():
-        for look_up in (objfile.lookup_global_symbol, objfile.lookup_static_symbol):
-            symbol = look_up(f"{NAMESPACE}::CallRegistry::{name}")
-            if symbol is not None:
-                value = symbol.value()
-                found[address(value)] = value
+        full_name = f"{NAMESPACE}::CallRegistry::{name}"
+        symbol = objfile.lookup_global_symbol(full_name) or objfile.lookup_static_symbol(full_name)
+        if symbol is None:
+            continue
+        value = symbol.value()
+        # gdb takes the symbol of the program for that of a library, even if they are two.
+        if address(value) in found:
+            value = own_static(objfile, name, value)
+        found[address(value)] = value
     return list(found.values())
+
+
+def own_static(objfile, name, value):
+    """What the symbol table of a module itself has for a static member; `value` if it has none."""
+    mangled = "_ZN" + "".join(f"{len(part)}{part}" for part in f"{NAMESPACE}::CallRegistry::{name}".split("::")) + "E"
+    try:
+        symbols = gdb.execute(f'maint print msymbols -objfile "{objfile.filename}"', to_string=True)
+    except gdb.error:
+        return value
+    match = re.search(rf"(0x[0-9a-f]+) {mangled} ", symbols)
+    return gdb.Value(int(match[1], 16)).cast(value.type.pointer()).dereference() if match else value
 
 
 def has_symbol(name):
