@@ -53,15 +53,18 @@ jthread thread(const char* name, Function function) {
   leave();
 }
 
-/// Waits until no worker runs a handler. Not for ever: what the report says instead is shown by the test.
-void await_idle_workers() {
+/// Waits until a report says these words, or does not say them. Not for ever: the test shows what it says instead.
+void await_report(std::string_view words, bool says = true) {
   const auto end = std::chrono::steady_clock::now() + 10s;
   await_state([&] {
     std::ostringstream report;
     RuntimeBridge::report(report);
-    return report.str().find("the worker is running") == std::string::npos || std::chrono::steady_clock::now() > end;
+    return (report.str().find(words) != std::string::npos) == says || std::chrono::steady_clock::now() > end;
   });
 }
+
+/// Waits until no worker runs a handler.
+void await_idle_workers() { await_report("the worker is running", false); }
 
 /// Waits until whatever the bridge does now has taken 200 ms: workers are called busy after 50 ms.
 void let_time_pass(const RuntimeBridge& bridge) {
@@ -267,6 +270,12 @@ class Client {
     (void)other.block_on(parked);                               // whose worker waits
   });
   await_state([&] { return count_calls(bridge, State::running) == 3; });
+  const auto ended = RuntimeBridge::with_thread_name("ended");
+  ended.shutdown(runtime_bridge::Shutdown::drain);
+  const auto closing = RuntimeBridge::with_thread_name("closing");
+  auto last = closing.submit(park);  // waited for by a shutdown
+  const auto closer = thread("closer", [&] { closing.shutdown(runtime_bridge::Shutdown::drain); });
+  await_report("the bridge is being shut down");
   let_time_pass(other);
   await_idle_workers();
   hang();

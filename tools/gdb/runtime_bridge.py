@@ -233,6 +233,7 @@ class Bridge:
         self.busy_since = number(heartbeat["busy_since_"])  # 0: nobody has told
         self.watched = number(heartbeat["watched_"]) != 0
         self.asked_at = number(registry["asked_at_"])  # 0: it has answered
+        self.closed = number(registry["closed_"]) != 0
         self.max_in_flight = int(registry["max_in_flight_"])
         calls = (Call(object_of(node, call_type)) for node in nodes(registry["calls_"]))
         self.calls = [call for call in calls if not call.over]
@@ -250,6 +251,8 @@ class Bridge:
         count = len(self.calls)
         thread = threads.find(self.worker) if self.worker else None
         text = f"{self.title}: {count} {'call' if count == 1 else 'calls'} in flight; " + self.describe_worker(now, thread)
+        if self.closed and self.worker:
+            text += "; the bridge is being shut down"
         waiting = sum(call.state == WAITING for call in self.calls)
         if waiting:
             text += f"; {waiting} {'call waits' if waiting == 1 else 'calls wait'}"
@@ -258,7 +261,7 @@ class Bridge:
 
     def describe_worker(self, now, thread):
         if not self.worker:
-            return "the worker is not running"
+            return "the worker has ended" if self.closed else "the worker has not started"
         told = self.busy_since or self.asked_at
         busy = max(now - told, 0) if told else 0
         if self.waits_for:
