@@ -1558,6 +1558,8 @@ class CallRegistry : private ListNode {
     probe_ = probe;
     worker_ = worker;
     const std::lock_guard lock(bridges_mutex);
+    system_minus_steady =
+        std::chrono::system_clock::now().time_since_epoch() - std::chrono::steady_clock::now().time_since_epoch();
     insert_before(bridges);
   }
   void forget() noexcept {
@@ -1648,6 +1650,10 @@ class CallRegistry : private ListNode {
   static inline const int failed_ =
       at_fork([] { bridges_mutex.lock(); }, [] { bridges_mutex.unlock(); }, [] { bridges_mutex.unlock(); });
   static inline ListNode bridges;  // tools/gdb/runtime_bridge.py starts here
+
+  // For the same script: a core file has a date, but no steady clock. Nothing else reads it, so an optimiser that sees
+  // the whole program would remove it.
+  [[gnu::used]] static inline std::chrono::nanoseconds system_minus_steady{};
 
   const WaitNode& node_;
   const ForkCounter& fork_counter_;
