@@ -287,6 +287,8 @@ class Client {
   const auto parents = RuntimeBridge::with_thread_name("parent");
   const auto call = parents.submit(park);
   await_state([&] { return count_calls(parents, State::running) == 1; });
+  // A worker that is inside malloc during the fork would leave AddressSanitizer's locks locked in the child.
+  await_idle_workers();
   const pid_t child = fork();
   if (child == 0) {
     const auto childs = RuntimeBridge::with_thread_name("child");
