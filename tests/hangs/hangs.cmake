@@ -10,6 +10,8 @@
 # In expected/HANG.txt, a line of hangs.cpp is called by the comment at its end. TIME, ID and N stand for what differs
 # from run to run.
 
+cmake_minimum_required(VERSION 3.21...3.25)
+
 set(folder ${CMAKE_CURRENT_LIST_DIR})
 set(script ${folder}/../../tools/gdb/runtime_bridge.py)
 
@@ -39,9 +41,10 @@ endfunction()
 
 # The time, in milliseconds, that the first call of a text is old.
 function(first_age result text)
-  if(text MATCHES " ([0-9]+) ms old")
+  string(REGEX MATCH " [0-9.]+ m?s old" age "${text}")
+  if(age MATCHES "([0-9]+) ms")
     set(${result} ${CMAKE_MATCH_1} PARENT_SCOPE)
-  elseif(text MATCHES " ([0-9]+)[.]([0-9]) s old")
+  elseif(age MATCHES "([0-9]+)[.]([0-9]) s")
     set(${result} ${CMAKE_MATCH_1}${CMAKE_MATCH_2}00 PARENT_SCOPE)
   else()
     message(FATAL_ERROR "this tells no age:\n${text}")
@@ -59,12 +62,12 @@ endfunction()
 
 # Runs gdb with these options: some commands, and then the program.
 function(run_gdb result)
-  find_program(gdb gdb)
-  if(NOT gdb)
+  find_program(debugger gdb)
+  if(NOT debugger)
     message(FATAL_ERROR "skipped: gdb is not installed")
   endif()
   # The heap in one piece makes the core file small. The last command decides on the exit status, which tells nothing.
-  execute_process(COMMAND ${gdb} -nx -batch -ex "set debuginfod enabled off" -ex "set print thread-events off"
+  execute_process(COMMAND ${debugger} -nx -batch -ex "set debuginfod enabled off" -ex "set print thread-events off"
     -ex "set startup-with-shell off" -ex "set disable-randomization off" -ex "set follow-fork-mode child"
     -ex "set environment MALLOC_ARENA_MAX 1" -ex "source ${script}" ${ARGN}
     OUTPUT_VARIABLE output ERROR_VARIABLE output RESULT_VARIABLE status TIMEOUT 100)
