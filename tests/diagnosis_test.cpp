@@ -851,7 +851,10 @@ TEST_CASE("on_unjoined_error: a handle that is destroyed without a join") {
     CHECK(lost.size() == 1);
   }
   SECTION("its task fails because it is cancelled") {
-    { auto handle = bridge.submit(park()); }
+    {
+      auto handle = bridge.submit(park());
+      await_all(bridge, State::running);
+    }
     CHECK(lost.size() == 0);
   }
   SECTION("its task never starts because it is cancelled") {
