@@ -1670,8 +1670,6 @@ class CallRegistry : private ListNode {
   Stats counts_;
 };
 
-#ifndef RUNTIME_BRIDGE_DECLARATIONS_ONLY
-
 /// For people: milliseconds, or tenths of a second.
 struct Seconds {
   friend std::ostream& operator<<(std::ostream& out, Seconds seconds) {
@@ -1726,7 +1724,7 @@ inline void describe(std::ostream& out, const CallInfo& call, SteadyTime now) {
   out << '\n';
 }
 
-RUNTIME_BRIDGE_INLINE std::string CallRegistry::report() {
+inline std::string CallRegistry::report() {
   const std::lock_guard lock(bridges_mutex);
   std::size_t number = 0;
   bool silent = false;
@@ -1751,7 +1749,7 @@ RUNTIME_BRIDGE_INLINE std::string CallRegistry::report() {
   return out.str();
 }
 
-RUNTIME_BRIDGE_INLINE void CallRegistry::describe(std::ostream& out, SteadyTime now) const {
+inline void CallRegistry::describe(std::ostream& out, SteadyTime now) const {
   const std::vector<CallInfo> calls = this->calls();
   out << Printable{node_.name()} << '#' << node_.number() << ": " << calls.size()
       << (calls.size() == 1 ? " call" : " calls") << " in flight; ";
@@ -1766,8 +1764,7 @@ RUNTIME_BRIDGE_INLINE void CallRegistry::describe(std::ostream& out, SteadyTime 
   for (const CallInfo& call : calls) detail::describe(out, call, now);
 }
 
-RUNTIME_BRIDGE_INLINE void CallRegistry::describe_worker(std::ostream& out, const std::vector<CallInfo>& calls,
-                                                         SteadyTime now) const {
+inline void CallRegistry::describe_worker(std::ostream& out, const std::vector<CallInfo>& calls, SteadyTime now) const {
   const SteadyTime::rep asked_at = asked_at_;
   const std::optional<SteadyTime> told = heartbeat_.busy_since();
   const SteadyTime busy_since = told ? *told : asked_at != 0 ? SteadyTime(SteadyTime::duration(asked_at)) : now;
@@ -1789,8 +1786,6 @@ RUNTIME_BRIDGE_INLINE void CallRegistry::describe_worker(std::ostream& out, cons
     out << "the worker is idle";
   }
 }
-
-#endif  // RUNTIME_BRIDGE_DECLARATIONS_ONLY
 
 // =====================================================================================================================
 // 11. Spin policy. Only about speed: calls have the same results without it.
