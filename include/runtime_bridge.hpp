@@ -333,6 +333,9 @@ class StopCallback {
 };
 #endif
 
+/// What one thread writes all the time and another one uses is kept this far apart.
+inline constexpr std::size_t cache_line = 64;
+
 /// Names this thread for debuggers and process lists, where the system has names for threads.
 inline void name_thread([[maybe_unused]] const std::string& name) noexcept {
   // With the final zero, as many as the system takes.
@@ -1050,8 +1053,6 @@ class Gate {
 // =====================================================================================================================
 // 8. Context
 
-inline constexpr std::size_t cache_line = 64;
-
 /// Tells since when the worker has not come back to its loop.
 class Heartbeat {
  public:
@@ -1093,7 +1094,6 @@ class Heartbeat {
  private:
   static constexpr SteadyTime::rep waits = 0;
 
-  // Apart from what callers write: a line that two processors write is slow for both.
   alignas(cache_line) std::atomic<SteadyTime::rep> busy_since_{waits};
   std::atomic<bool> watched_{false};
 };
@@ -1911,7 +1911,7 @@ class SpinPolicy {
   std::atomic<SteadyTime> no_yields_until_{(SteadyTime::min)()};
 
   // The worker's.
-  Backoff polls_;
+  alignas(cache_line) Backoff polls_;
   HandlerMemory memory_;
   SteadyTime end_;
   int rounds_ = 0;      // since polling began, with a call in flight
@@ -2431,11 +2431,11 @@ class Worker : public std::enable_shared_from_this<Worker> {
 
   const Options options_;
   const ForkCounter fork_counter_;
-  WaitNode node_{options_.thread_name};
-  Gate<Context> gate_{context_};
-  SpinPolicy spin_{context_, gate_, options_.spin_limit};
   std::atomic<bool> started_{false};
   std::atomic<bool> cancel_asked_{false};
+  WaitNode node_{options_.thread_name};
+  alignas(cache_line) Gate<Context> gate_{context_};
+  SpinPolicy spin_{context_, gate_, options_.spin_limit};
   HandlerMemory cancel_memory_;
   HandlerMemory probe_memory_;
   HandlerMemory turns_memory_;
@@ -2450,8 +2450,8 @@ class Worker : public std::enable_shared_from_this<Worker> {
   ListNode row_;  // of calls that wait for their turn
   CancelSignals signals_{context_};
 
-  Context context_{options_.on_stray_exception,
-                   heartbeat_};  // below what its handlers use when they are destroyed with it
+  alignas(cache_line) Context context_{options_.on_stray_exception,
+                                       heartbeat_};  // below what its handlers use when they are destroyed with it
 
   Worker* leaked_before_ = nullptr;
   std::shared_ptr<Worker> leaked_owner_;
