@@ -15,6 +15,7 @@
 #include <cstdlib>
 #include <random>
 #include <semaphore>
+#include <sstream>
 
 // The worker releases a child coroutine's exception after the caller has read it. The reference count that orders the
 // two is in libstdc++, where ThreadSanitizer does not see it.
@@ -23,7 +24,10 @@ extern "C" const char* __tsan_default_suppressions() {
 }
 
 using namespace stress;
+using runtime_bridge::CallInfo;
 using runtime_bridge::Shutdown;
+using runtime_bridge::Stats;
+using runtime_bridge::unlimited;
 
 namespace {
 
@@ -59,6 +63,12 @@ class World : public Ground {
     }
     for (auto& bridge : bridges_) {
       if (!comes([&] { return bridge->bridge.in_flight() == 0; })) violation("in_flight does not come back to zero");
+      if (!bridge->bridge.calls().empty()) violation("a call that has ended is listed");
+      const Stats stats = bridge->bridge.stats();
+      // Calls that end before they are admitted are counted, too: their deadline has passed, or a stop was requested.
+      if (stats.values + stats.response_lost > stats.admitted) violation("a call was counted twice");
+      if (stats.values + stats.response_lost + stats.timed_out + stats.cancelled < stats.admitted)
+        violation("a call was not counted");
       bridge.reset();
     }
     pool.join();
@@ -71,7 +81,8 @@ class World : public Ground {
     if (roll < 32) return call(dice, path);
     if (roll < 36) return call_operation(dice, path);
     if (roll < 56) return submit(dice, path);
-    if (roll < 58) return stray(dice, path);
+    if (roll < 57) return stray(dice, path);
+    if (roll < 58) return look(dice, path);
     if (roll < 60) return shut(dice, path);
     if (roll < 61) return move(dice, path);
     replace(dice, path);
@@ -94,6 +105,9 @@ class World : public Ground {
     Options options;
     options.start = dice.one_of({Start::eager, Start::lazy});
     options.spin_limit = dice.one_of({0us, 20us, 100us});
+    options.max_in_flight = dice.one_of({unlimited, std::size_t{3}, std::size_t{8}});
+    options.slow_after = dice.one_of({std::chrono::nanoseconds::max(), std::chrono::nanoseconds(200us)});
+    options.on_slow_call = [](const CallInfo&) { RuntimeBridge::report(*std::make_unique<std::ostringstream>()); };
     options.on_stray_exception = [](const std::exception_ptr& exception) {
       try {
         std::rethrow_exception(exception);
@@ -262,6 +276,17 @@ class World : public Ground {
     asio::post(bridge->bridge.get_executor(), [seen] { throw Stray{seen}; });
     const bool next = bridge->bridge.block_on([] {}).has_value();
     if (next && !*seen) violation("a stray exception was not handed to the hook");
+  }
+
+  void look(Dice& dice, const Path& path) {
+    const auto bridge = take(dice, path);
+    for (const CallInfo& call : bridge->bridge.calls())
+      if (call.where.line() == 0) violation("a call that is over is listed");
+    const Stats stats = bridge->bridge.stats();
+    if (stats.in_flight > stats.admitted) violation("more calls are in flight than there were");
+    std::ostringstream out;
+    RuntimeBridge::report(out);
+    if (out.str().rfind("runtime_bridge: ", 0) != 0) violation("no report");
   }
 
   const std::uint64_t seed_;
