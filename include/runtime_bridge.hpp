@@ -3314,6 +3314,8 @@ class RuntimeBridge {
   /// | a stop is requested, or `shutdown(Shutdown::cancel)` called  | the same, `Cancelled`                       |
   /// | called on the bridge's own worker, or in a way that closes a | `WouldDeadlock`; the task is destroyed      |
   /// | ring of bridges that wait for each other                     | without having run                          |
+  /// | `max_in_flight` calls are in flight, and `when_full` is      | `Overloaded`; the task is destroyed without |
+  /// | `WhenFull::refuse`                                           | having run                                  |
   ///
   /// The task is over when this returns: its coroutine was destroyed on the worker, and the worker uses nothing of it
   /// any more. So it may hold references to the caller's locals. Throws `std::bad_alloc` if there is no memory to make
