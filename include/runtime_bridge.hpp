@@ -171,7 +171,6 @@
 #include <functional>
 #include <future>
 #include <limits>
-#include <locale>
 #include <memory>
 #include <mutex>
 #include <new>
