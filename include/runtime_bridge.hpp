@@ -332,8 +332,9 @@ class StopCallback {
 };
 #endif
 
-/// What one thread writes all the time and another one uses is kept this far apart.
-inline constexpr std::size_t cache_line = 64;
+/// What one thread writes all the time and another one uses is kept this far apart: two lines, as processors fetch
+/// pairs.
+inline constexpr std::size_t cache_line = 128;
 
 /// Names this thread for debuggers and process lists, where the system has names for threads.
 inline void name_thread([[maybe_unused]] const std::string& name) noexcept {
