@@ -633,7 +633,7 @@ struct CallInfo {
 /// A call that has ended, or was refused.
 struct CallEnd {
   SourceLocation where;
-  std::string_view name{};
+  std::string_view name{};                       ///< Until the hook returns.
   std::optional<BridgeError::Kind> error{};      ///< None if the call has a value.
   std::chrono::steady_clock::duration queued{};  ///< From the call to the start of its task, or to its end without one.
   std::chrono::steady_clock::duration ran{};     ///< From there to its end.
