@@ -390,6 +390,18 @@ inline int at_fork(void (*before)(), void (*parent)(), void (*child)()) noexcept
   return pthread_atfork(before, parent, child);
 }
 
+/// Holds the lock during a fork, so that the child finds it free. Returns an error number.
+template <std::mutex& mutex>
+int lock_around_fork() noexcept {
+  return at_fork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
+}
+
+/// For who needs functions that were registered before main.
+inline void check_at_fork(int error) {
+  // Branch not covered: needs malloc to fail, before main.
+  if (error) throw std::system_error(error, std::generic_category(), "runtime_bridge: pthread_atfork");
+}
+
 /// Blocks signals for this thread, and for those that it starts meanwhile. Not those of a fault, which are for the
 /// thread that commits it: blocked, they would end the process before the handlers of crash reporters and sanitizers.
 class SignalsBlocked {
@@ -903,10 +915,7 @@ SteadyTime on_steady_clock(const std::chrono::time_point<Clock, Duration>& time,
 /// symbols). A bridge uses the counter of the module that made it, whichever module calls it.
 class ForkCounter {
  public:
-  ForkCounter() {
-    // Branch not covered: needs malloc to fail, before main.
-    if (failed_) throw std::system_error(failed_, std::generic_category(), "runtime_bridge: pthread_atfork");
-  }
+  ForkCounter() { check_at_fork(failed_); }
 
   /// Whether this process is a fork of the one that made this object.
   bool forked() const noexcept { return made_at_ != forks_.load(std::memory_order_relaxed); }
@@ -1277,10 +1286,7 @@ class WaitRecord {
 /// A worker waits for at most one bridge, so following the records finds every ring, and only rings.
 class WaitNode {
  public:
-  explicit WaitNode(const std::string& name) : name_(name) {
-    // Branch not covered: needs malloc to fail, before main.
-    if (failed_) throw std::system_error(failed_, std::generic_category(), "runtime_bridge: pthread_atfork");
-  }
+  explicit WaitNode(const std::string& name) : name_(name) { check_at_fork(failed_); }
   WaitNode(const WaitNode&) = delete;
   WaitNode& operator=(const WaitNode&) = delete;
 
@@ -1386,7 +1392,7 @@ class WaitNode {
   }
 
   // Before main, like the fork counter's. A forked child finds the lock free.
-  static inline const int failed_ = at_fork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
+  static inline const int failed_ = lock_around_fork<mutex>();
   static inline std::atomic<unsigned> made_{0};
 
   // Of the module that made the bridge, whichever module calls it.
@@ -1547,8 +1553,7 @@ class CallRegistry : private ListNode {
   CallRegistry(const WaitNode& node, const ForkCounter& fork_counter, const Heartbeat& heartbeat,
                std::size_t max_in_flight)
       : node_(node), fork_counter_(fork_counter), heartbeat_(heartbeat), max_in_flight_(max_in_flight) {
-    // Branch not covered: needs malloc to fail, before main.
-    if (failed_) throw std::system_error(failed_, std::generic_category(), "runtime_bridge: pthread_atfork");
+    check_at_fork(failed_);
   }
   CallRegistry(const CallRegistry&) = delete;
   CallRegistry& operator=(const CallRegistry&) = delete;
@@ -1647,8 +1652,7 @@ class CallRegistry : private ListNode {
 
   // Before main, like the fork counter's. A forked child finds the lock free.
   static inline std::mutex bridges_mutex;
-  static inline const int failed_ =
-      at_fork([] { bridges_mutex.lock(); }, [] { bridges_mutex.unlock(); }, [] { bridges_mutex.unlock(); });
+  static inline const int failed_ = lock_around_fork<bridges_mutex>();
   static inline ListNode bridges;  // tools/gdb/runtime_bridge.py starts here
 
   // For the same script: a core file has a date, but no steady clock. Nothing else reads it, so an optimiser that sees
