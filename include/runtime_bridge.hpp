@@ -701,6 +701,19 @@ struct Options {
   std::chrono::microseconds spin_limit{100};
 };
 
+namespace detail {
+
+/// Calls a hook of `Options`, if there is one. What it throws is dropped.
+template <class... Args>
+void call_hook(const std::function<void(Args...)>& hook, const std::type_identity_t<Args>&... args) noexcept {
+  try {
+    if (hook) hook(args...);
+  } catch (...) {
+  }
+}
+
+}  // namespace detail
+
 // =====================================================================================================================
 // 3. Task traits. What is no Task gives one sentence, and no other error.
 
@@ -1171,12 +1184,7 @@ class Context : public net::io_context {
   }
 
   /// Passes the exception that is being handled to the hook.
-  void report_stray() const noexcept {
-    try {
-      if (on_stray_exception_) on_stray_exception_(std::current_exception());
-    } catch (...) {
-    }
-  }
+  void report_stray() const noexcept { call_hook(on_stray_exception_, std::current_exception()); }
 
   /// Runs a handler if one is ready, even if somebody has stopped the context again.
   std::size_t run_ready_handler() noexcept {
@@ -2667,10 +2675,7 @@ RUNTIME_BRIDGE_INLINE void Worker::submit(const std::shared_ptr<Call>& call, con
 RUNTIME_BRIDGE_INLINE void Worker::note_end(Call& call, std::optional<BridgeError::Kind> error) noexcept {
   if (forked()) return;
   registry_.remove(call.record(), error);
-  try {
-    if (options_.on_call_end) options_.on_call_end(call.record().end(error));
-  } catch (...) {
-  }
+  if (options_.on_call_end) call_hook(options_.on_call_end, call.record().end(error));
 }
 
 RUNTIME_BRIDGE_INLINE void Worker::note_slow(CallRecord& call) const noexcept {
@@ -2685,21 +2690,16 @@ RUNTIME_BRIDGE_INLINE void Worker::note_slow(CallRecord& call) const noexcept {
 
 RUNTIME_BRIDGE_INLINE void Worker::note_unjoined(const Call& call) const noexcept {
   if (!options_.on_unjoined_error || !call.error_kind() || forked()) return;
+  const BridgeError& error = call.error();
+  // A task that was cancelled and has ended because of that has not failed.
+  if (error == BridgeError::Cancelled && !error.cause()) return;
   try {
-    // A task that was cancelled and has ended because of that has not failed.
-    if (call.error() == BridgeError::Cancelled && call.error().cause()) {
-      try {
-        std::rethrow_exception(call.error().cause());
-      } catch (const AsioError& e) {
-        if (e.code() == net::error::operation_aborted) return;
-      } catch (...) {
-      }
-    } else if (call.error() == BridgeError::Cancelled) {
-      return;
-    }
-    options_.on_unjoined_error(call.error());
+    if (error == BridgeError::Cancelled) std::rethrow_exception(error.cause());
+  } catch (const AsioError& e) {
+    if (e.code() == net::error::operation_aborted) return;
   } catch (...) {
   }
+  call_hook(options_.on_unjoined_error, error);
 }
 
 RUNTIME_BRIDGE_INLINE Worker::Worker(Options options) : options_(std::move(options)) {
@@ -3438,10 +3438,10 @@ class [[nodiscard]] JoinHandle {
   [[gnu::noinline]] ~JoinHandle() {
     if (!joinable()) return;
     request_stop();
-    if (wait_until((detail::SteadyTime::max)()) || !worker_) {
-      if (worker_ && call_->completed()) worker_->note_unjoined(*call_);
-    } else {
+    if (!wait_until((detail::SteadyTime::max)())) {
       detach();
+    } else if (worker_ && call_->completed()) {
+      worker_->note_unjoined(*call_);
     }
   }
 
