@@ -12,7 +12,6 @@
 
 #include "support.hpp"
 
-using runtime_bridge::CallInfo;
 using runtime_bridge::Shutdown;
 using runtime_bridge::State;
 using runtime_bridge::WhenFull;
@@ -27,11 +26,7 @@ Options limited(std::size_t max_in_flight, WhenFull when_full = WhenFull::wait) 
 }
 
 void await_waiting(const RuntimeBridge& bridge, std::size_t number) {
-  await_state([&] {
-    const auto calls = bridge.calls();
-    const auto waits = [](const CallInfo& call) { return call.state == State::waiting; };
-    return static_cast<std::size_t>(std::count_if(calls.begin(), calls.end(), waits)) == number;
-  });
+  await_state([&] { return count_calls(bridge, State::waiting) == number; });
 }
 
 /// A task that runs until it is told to end, and takes the only turn of its bridge.

@@ -365,6 +365,13 @@ inline void await_closed(const RuntimeBridge& bridge) {
   });
 }
 
+/// How many calls of the bridge are in this state.
+inline std::size_t count_calls(const RuntimeBridge& bridge, runtime_bridge::State state) {
+  const auto calls = bridge.calls();
+  return static_cast<std::size_t>(
+      std::count_if(calls.begin(), calls.end(), [&](const auto& call) { return call.state == state; }));
+}
+
 inline void await_workers(std::size_t number) {
   await_state([&] { return count_threads(is_worker) == number; });
 }

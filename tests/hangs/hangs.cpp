@@ -73,12 +73,6 @@ void let_time_pass(const RuntimeBridge& bridge) {
   await_state([&] { return age() > before + 200ms; });
 }
 
-std::size_t count_calls(const RuntimeBridge& bridge, State state) {
-  const auto calls = bridge.calls();
-  return static_cast<std::size_t>(
-      std::count_if(calls.begin(), calls.end(), [&](const auto& call) { return call.state == state; }));
-}
-
 // ---- The worker is blocked in a handler.
 
 [[noreturn]] void blocked() {
