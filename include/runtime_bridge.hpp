@@ -23,7 +23,7 @@
 //    1  Errors and results: BridgeError, Result, unwrap
 //    2  Options
 //    3  Task traits: what a Task is, and what is wrong with what is none
-//    4  Time: deadlines without overflow
+//    4  Time, and stops: deadlines without overflow, and who else ends a call early
 //    5  Process: fork
 //    6  Handler memory: a post that cannot fail
 //    7  Gate: admits calls, counts them
@@ -780,7 +780,11 @@ decltype(auto) invoke_task(std::remove_reference_t<Task>& task) {
     // Not covered: only its type is used.
     return std::remove_cvref_t<Task>(std::move(task));
   } else if constexpr (std::invocable<Task>) {
-    return std::forward<Task>(task)();
+    if constexpr (Operation<std::invoke_result_t<Task>>) {
+      return std::forward<Task>(task)()(UseAwaitable{});
+    } else {
+      return std::forward<Task>(task)();
+    }
   } else if constexpr (Operation<Task>) {
     return std::forward<Task>(task)(UseAwaitable{});
   } else {
@@ -798,7 +802,7 @@ concept OtherAwaitable = !is_awaitable<T> && requires(std::remove_cvref_t<T> & t
   t.await_ready();
 };
 
-enum class Refusal { none, not_moved, other_asio, no_task, executor, reference, not_started, immovable };
+enum class Refusal { none, not_moved, other_asio, no_task, executor, reference, immovable };
 
 /// Why a type is not a Task. Tests one thing at a time, so that nothing fails but the assertion that explains it.
 template <class Task>
@@ -820,8 +824,6 @@ consteval Refusal refusal_of() {
       return Refusal::executor;
     } else if constexpr (std::is_reference_v<Value>) {
       return Refusal::reference;
-    } else if constexpr (Operation<Value>) {
-      return Refusal::not_started;
     } else if constexpr (!std::is_void_v<Value> && !std::is_move_constructible_v<Value>) {
       return Refusal::immovable;
     } else {
@@ -851,9 +853,6 @@ constexpr void assert_task() {
   static_assert(refusal != Refusal::reference,
                 "runtime_bridge: a task cannot return a reference: return a copy, a pointer or a "
                 "std::reference_wrapper");
-  static_assert(refusal != Refusal::not_started,
-                "runtime_bridge: the callable returns an operation that nobody starts: give block_on the operation, or "
-                "co_await it in a coroutine");
   static_assert(refusal != Refusal::immovable, "runtime_bridge: a task's result must be movable");
 }
 
@@ -874,7 +873,7 @@ using TaskValue = typename TaskTraits<Unnamed<Task>>::Value;
 }  // namespace RUNTIME_BRIDGE_FLAVOUR
 
 // =====================================================================================================================
-// 4. Time
+// 4. Time, and stops
 
 /// Nanoseconds that do not overflow, for sums with any duration that a caller may give.
 using Exact = std::chrono::duration<long double, std::nano>;
@@ -917,6 +916,71 @@ SteadyTime on_steady_clock(const std::chrono::time_point<Clock, Duration>& time,
     return time_after(Exact(time.time_since_epoch()) - Exact(Clock::now().time_since_epoch()), now);
   }
 }
+
+/// What `poll_every` asks, and how often.
+class Poll {
+ public:
+  Poll(const Poll&) = delete;
+  Poll& operator=(const Poll&) = delete;
+  virtual ~Poll() = default;
+
+  virtual bool ask() = 0;
+
+  const std::chrono::nanoseconds interval;
+
+ protected:
+  explicit Poll(std::chrono::nanoseconds i) noexcept : interval(i) {}
+};
+
+template <class Predicate>
+class PollOf final : public Poll {
+ public:
+  PollOf(std::chrono::nanoseconds i, Predicate&& predicate) : Poll(i), predicate_(std::move(predicate)) {}
+
+  bool ask() override { return static_cast<bool>(std::invoke(predicate_)); }
+
+ private:
+  Predicate predicate_;
+};
+
+}  // namespace detail
+
+/// Who may request the cancellation of a call: nobody, a `std::stop_token`, or a predicate (see `poll_every`). If the
+/// standard library has no stop tokens (libc++ without -fexperimental-library), they are left out.
+class Stop {
+ public:
+  Stop() = default;
+  // Implicit, since a token is what callers have. NOLINTNEXTLINE(google-explicit-constructor)
+  Stop(detail::StopToken token) noexcept : token_(std::move(token)) {}
+
+  // For `poll_every` and the bridge.
+  explicit Stop(std::shared_ptr<detail::Poll> poll) noexcept : poll_(std::move(poll)) {}
+  const detail::StopToken& token() const noexcept { return token_; }
+  detail::Poll* poll() const noexcept { return poll_.get(); }
+
+ private:
+  detail::StopToken token_{};
+  std::shared_ptr<detail::Poll> poll_{};
+};
+
+/// Requests the cancellation of a call once `predicate()` is true: `block_on(task, poll_every(50ms, is_interrupted))`.
+///
+/// The thread that waits for the call asks: before the call, which is not made if that is true, and then at each
+/// interval. What the predicate throws cancels the call, and is thrown here once the task is over. So a predicate may
+/// do what only this thread may do, such as looking for Ctrl-C in an interpreter. It may make calls, but if this thread
+/// is the worker of another bridge they return `WouldDeadlock`. Throws `std::system_error`
+/// (`std::errc::invalid_argument`) if the interval is zero or less.
+template <class Rep, class Period, class Predicate>
+[[nodiscard]] Stop poll_every(std::chrono::duration<Rep, Period> interval, Predicate predicate) {
+  if (!(interval > interval.zero())) {
+    throw std::system_error(std::make_error_code(std::errc::invalid_argument),
+                            "runtime_bridge: poll_every needs an interval above zero");
+  }
+  const std::chrono::nanoseconds time = detail::time_after(interval, detail::SteadyTime()).time_since_epoch();
+  return Stop(std::make_shared<detail::PollOf<Predicate>>(time, std::move(predicate)));
+}
+
+namespace detail {
 
 // =====================================================================================================================
 // 5. Process
@@ -2333,16 +2397,17 @@ class Worker : public std::enable_shared_from_this<Worker> {
   /// Sends the call to the worker and waits until it is completed. If it is not sent, returns why.
   template <class Clock, class Duration>
   std::optional<BridgeError> block(Call& call, const std::chrono::time_point<Clock, Duration>& deadline,
-                                   const StopToken& stop, const SourceLocation& where, std::string* name);
+                                   const Stop& stop, const SourceLocation& where, std::string* name);
 
   /// Sends the call to the worker, or completes it with the reason why it is not sent.
   void submit(const std::shared_ptr<Call>& call, const SourceLocation& where, std::string* name);
 
-  /// Waits until the call is completed, or until `deadline`, of any clock, and tells of a slow call. False if the call
-  /// is not completed.
+  /// Waits until the call is completed, and tells of a slow call. If the call is to be cancelled before, returns why:
+  /// `deadline`, of any clock, has passed, or `poll`, which may be null, has requested a stop.
   template <class Clock, class Duration>
-  bool wait(Call& call, const std::chrono::time_point<Clock, Duration>& deadline) const;
-  void wait(Call& call) const noexcept { (void)wait(call, (SteadyTime::max)()); }
+  std::optional<BridgeError::Kind> wait(Call& call, const std::chrono::time_point<Clock, Duration>& deadline,
+                                        Poll* poll) const;
+  void wait(Call& call) const noexcept { (void)wait(call, (SteadyTime::max)(), nullptr); }
 
   /// The call is over, or was refused.
   void note_end(Call& call, std::optional<BridgeError::Kind> error) noexcept;
@@ -2491,7 +2556,7 @@ class EndOfCall {
 
 template <class Clock, class Duration>
 std::optional<BridgeError> Worker::block(Call& call, const std::chrono::time_point<Clock, Duration>& deadline,
-                                         const StopToken& stop, const SourceLocation& where, std::string* name) {
+                                         const Stop& stop, const SourceLocation& where, std::string* name) {
   const SteadyTime now = std::chrono::steady_clock::now();
   const SteadyTime steady_deadline = on_steady_clock(deadline, now);
   call.record().describe(where, name, now);
@@ -2500,7 +2565,7 @@ std::optional<BridgeError> Worker::block(Call& call, const std::chrono::time_poi
     note_end(call, error.kind());
     return std::move(error);
   };
-  if (stop.stop_requested()) {
+  if (stop.token().stop_requested() || (stop.poll() && stop.poll()->ask())) {
     return refused({BridgeError::Cancelled, nullptr, static_text("a stop was requested before the call")});
   }
   if (steady_deadline <= now) {
@@ -2510,13 +2575,14 @@ std::optional<BridgeError> Worker::block(Call& call, const std::chrono::time_poi
   if (auto refusal = send(call, &wait_scope, nullptr)) return refused(*std::move(refusal));
   const EndOfCall end(*this, call);
   const auto on_stop = [&]() noexcept { cancel(call, BridgeError::Cancelled); };
-  const StopCallback<decltype(on_stop)> callback(stop, on_stop);
+  const StopCallback<decltype(on_stop)> callback(stop.token(), on_stop);
   try {
-    if (!spin_.spin(now, [&] { return call.completed(); }) && !wait(call, deadline)) {
-      cancel(call, BridgeError::TimedOut);
+    if (spin_.spin(now, [&] { return call.completed(); })) return std::nullopt;
+    if (const auto why = wait(call, deadline, stop.poll())) {
+      cancel(call, *why);
       wait(call);
     }
-  } catch (...) {  // from the clock
+  } catch (...) {  // from the clock or the predicate
     cancel(call, BridgeError::Cancelled);
     wait(call);
     throw;
@@ -2525,19 +2591,26 @@ std::optional<BridgeError> Worker::block(Call& call, const std::chrono::time_poi
 }
 
 template <class Clock, class Duration>
-bool Worker::wait(Call& call, const std::chrono::time_point<Clock, Duration>& deadline) const {
-  if (!options_.on_slow_call) return call.wait_until(deadline);
+std::optional<BridgeError::Kind> Worker::wait(Call& call, const std::chrono::time_point<Clock, Duration>& deadline,
+                                              Poll* poll) const {
+  const bool tells = static_cast<bool>(options_.on_slow_call);
+  if (!tells && !poll) return call.wait_until(deadline) ? std::nullopt : std::optional(BridgeError::TimedOut);
+  SteadyTime poll_at = poll ? time_after(poll->interval) : (SteadyTime::max)();
   for (;;) {
     const std::chrono::nanoseconds left = time_left(deadline);
-    if (call.wait_for((std::min)(left, time_left(call.record().slow_at(options_.slow_after))))) return true;
-    if (left == std::chrono::nanoseconds::zero()) return false;
-    note_slow(call.record());
+    const SteadyTime slow_at = tells ? call.record().slow_at(options_.slow_after) : (SteadyTime::max)();
+    if (call.wait_for((std::min)({left, time_left(slow_at), time_left(poll_at)}))) return std::nullopt;
+    if (left == std::chrono::nanoseconds::zero()) return BridgeError::TimedOut;
+    if (tells) note_slow(call.record());
+    if (!poll || !has_passed(poll_at)) continue;
+    if (poll->ask()) return BridgeError::Cancelled;
+    poll_at = time_after(poll->interval);
   }
 }
 
-RUNTIME_BRIDGE_COMPILE_ONCE(std::optional<BridgeError> Worker::block(Call&, const SteadyTime&, const StopToken&,
+RUNTIME_BRIDGE_COMPILE_ONCE(std::optional<BridgeError> Worker::block(Call&, const SteadyTime&, const Stop&,
                                                                      const SourceLocation&, std::string*))
-RUNTIME_BRIDGE_COMPILE_ONCE(bool Worker::wait(Call&, const SteadyTime&) const)
+RUNTIME_BRIDGE_COMPILE_ONCE(std::optional<BridgeError::Kind> Worker::wait(Call&, const SteadyTime&, Poll*) const)
 
 // What is compiled once, if that is asked for. In the order of a call's life, and then of the worker's.
 #ifndef RUNTIME_BRIDGE_DECLARATIONS_ONLY
@@ -3179,7 +3252,7 @@ using TaskCall = std::conditional_t<is_awaitable<Called>, CoroutineCall<Called>,
 /// Runs a task and waits for it: see `RuntimeBridge::block_on_until`. Not inlined, so that call sites stay small.
 template <class Called, class Task, class Clock, class Duration>
 [[gnu::noinline]] auto block_on(const std::shared_ptr<Worker>& bridge, Task task,
-                                const std::chrono::time_point<Clock, Duration>& deadline, const StopToken& stop,
+                                const std::chrono::time_point<Clock, Duration>& deadline, const Stop& stop,
                                 const SourceLocation& where, std::string* name)
     -> Result<typename TaskCall<Called>::Value> {
   // The bridge may be destroyed meanwhile. NOLINTNEXTLINE(performance-unnecessary-copy-initialization)
@@ -3249,8 +3322,13 @@ class RuntimeBridge {
   RuntimeBridge& operator=(RuntimeBridge&& other) noexcept {
     RuntimeBridge taken(std::move(other));
     std::swap(worker_, taken.worker_);
+    std::swap(owns_worker_, taken.owns_worker_);
     return *this;
   }
+
+  /// Another object for the same worker, for what may outlive this one. Its destructor does not stop the worker. After
+  /// that of the original, calls return `WorkerDead`; the executor remains, so I/O objects may still be destroyed.
+  [[nodiscard]] RuntimeBridge share() const noexcept { return {worker_, false}; }
 
   /// Stops the worker now and joins it. First, the tasks in flight are cancelled while everything that they wait for is
   /// alive; a task that returns a value then keeps it. Tasks that ignore cancellation are destroyed on the worker where
@@ -3261,7 +3339,7 @@ class RuntimeBridge {
   /// something foreign was involved, or if raw users of the executor have left operations or work behind: a foreign
   /// thread may still use the context.
   ~RuntimeBridge() {
-    if (!worker_) return;
+    if (!worker_ || !owns_worker_) return;
     if (worker_->forked()) {
       detail::Worker::leak(std::move(worker_));
     } else {
@@ -3327,15 +3405,14 @@ class RuntimeBridge {
   ///
   /// Any thread may request a stop, the task itself included. Cancellation is Asio's: the operation that the task waits
   /// for ends with `operation_aborted`, and so does every later `co_await`. A task that ignores that is waited for. If
-  /// the stop was requested before the call, the task is not started. `stop` is a `std::stop_token`. If the standard
-  /// library has none (libc++ without -fexperimental-library), calls end by themselves, by a deadline or by `shutdown`.
+  /// the stop was requested before the call, the task is not started.
   ///
   /// Not for coroutines, which can `co_await`; not for work that only computes, since it holds up all other calls; not
   /// for a task that waits for something that only the blocked caller could do.
   ///
   /// `where` is for diagnosis. A function that wraps this one may take it from its own caller, in the same way.
   template <class Task>
-  [[nodiscard]] Result<detail::TaskValue<Task>> block_on(Task&& task, detail::StopToken stop = {},
+  [[nodiscard]] Result<detail::TaskValue<Task>> block_on(Task&& task, Stop stop = {},
                                                          SourceLocation where = SourceLocation::current()) const {
     return run<Task>(task, (detail::SteadyTime::max)(), stop, where, nullptr);
   }
@@ -3344,7 +3421,7 @@ class RuntimeBridge {
   /// is zero or less, the task is not started.
   template <class Task, class Rep, class Period>
   [[nodiscard]] Result<detail::TaskValue<Task>> block_on_for(Task&& task, std::chrono::duration<Rep, Period> timeout,
-                                                             detail::StopToken stop = {},
+                                                             Stop stop = {},
                                                              SourceLocation where = SourceLocation::current()) const {
     return run<Task>(task, detail::time_after(timeout), stop, where, nullptr);
   }
@@ -3355,7 +3432,7 @@ class RuntimeBridge {
   template <class Task, class Clock, class Duration>
   [[nodiscard]] Result<detail::TaskValue<Task>> block_on_until(Task&& task,
                                                                std::chrono::time_point<Clock, Duration> deadline,
-                                                               detail::StopToken stop = {},
+                                                               Stop stop = {},
                                                                SourceLocation where = SourceLocation::current()) const {
     return run<Task>(task, deadline, stop, where, nullptr);
   }
@@ -3386,9 +3463,8 @@ class RuntimeBridge {
   /// What all calls that wait do. `name` is moved from, or null.
   template <class Task, class Clock, class Duration>
   Result<detail::TaskValue<Task>> run(std::remove_reference_t<Task>& task,
-                                      const std::chrono::time_point<Clock, Duration>& deadline,
-                                      const detail::StopToken& stop, const SourceLocation& where,
-                                      std::string* name) const {
+                                      const std::chrono::time_point<Clock, Duration>& deadline, const Stop& stop,
+                                      const SourceLocation& where, std::string* name) const {
     detail::assert_task<Task>();
     if constexpr (!detail::is_task<Task>) {
       return detail::failure(BridgeError::WorkerDead, "not a Task");
@@ -3414,7 +3490,11 @@ class RuntimeBridge {
   JoinHandle<detail::TaskValue<Task>> send(std::remove_reference_t<Task>& task, const SourceLocation& where,
                                            std::string* name) const;
 
+  RuntimeBridge(std::shared_ptr<detail::Worker> worker, bool owns_worker) noexcept
+      : worker_(std::move(worker)), owns_worker_(owns_worker) {}
+
   std::shared_ptr<detail::Worker> worker_;
+  bool owns_worker_ = true;
 };
 
 /// A submitted task. Like `std::jthread`, a handle requests a stop and joins in its destructor, unless it was joined or
@@ -3514,7 +3594,7 @@ class [[nodiscard]] JoinHandle {
   bool wait_until(detail::SteadyTime deadline) const {
     if (done()) return true;
     detail::WaitScope wait;
-    return wait.begin(worker_->node(), &call_->wait_record()) && worker_->wait(*call_, deadline);
+    return wait.begin(worker_->node(), &call_->wait_record()) && !worker_->wait(*call_, deadline, nullptr);
   }
 
   std::shared_ptr<detail::Worker> worker_;

@@ -51,8 +51,6 @@ int main() {
   (void)bridge.block_on([](int m) { return m; });
 #elif CASE == 5
   (void)bridge.block_on(task_of_a_pool());
-#elif CASE == 6
-  (void)bridge.block_on([&] { return timer.async_wait(deferred); });
 #elif CASE == 7
   (void)bridge.block_on([] { return std::mutex(); });
 #elif CASE == 8
