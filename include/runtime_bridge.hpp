@@ -182,6 +182,7 @@
 #include <string_view>
 #include <system_error>
 #include <thread>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <variant>
@@ -633,7 +634,7 @@ enum class State {
 
 /// A call in flight.
 struct CallInfo {
-  SourceLocation where;                       ///< Where `block_on` or `submit` was called.
+  SourceLocation where;                       ///< Where `block_on` or `submit` was called. Line 0 for `call`.
   std::string name{};                         ///< The one given to `named`, or empty.
   std::chrono::steady_clock::duration age{};  ///< Since it was called.
   State state = State::queued;
@@ -871,6 +872,96 @@ template <class Task>
 using TaskValue = typename TaskTraits<Unnamed<Task>>::Value;
 
 }  // namespace RUNTIME_BRIDGE_FLAVOUR
+
+// What `call` makes of a function and its arguments.
+
+/// The parameters of a function. That of a member function's object is `Parameters<>`, as it is never converted.
+template <class... P>
+struct Parameters {};
+template <class R, class... P>
+Parameters<P...> parameters_of(R (*)(P...));
+template <class R, class C, class... P>
+Parameters<Parameters<>, P...> parameters_of(R (C::*)(P...));
+template <class R, class C, class... P>
+Parameters<Parameters<>, P...> parameters_of(R (C::*)(P...) const);
+template <class R, class C, class... P>
+Parameters<Parameters<>, P...> parameters_of(R (C::*)(P...) &);
+template <class R, class C, class... P>
+Parameters<Parameters<>, P...> parameters_of(R (C::*)(P...) const&);
+template <class R, class C, class... P>
+Parameters<Parameters<>, P...> parameters_of(R (C::*)(P...) &&);
+template <class... P>
+Parameters<P...> without_object(Parameters<Parameters<>, P...>);
+
+/// Those of anything that can be called, if they are known: not those of a template, or of overloaded functions.
+template <class F>
+struct ParametersOf {
+  using Type = Parameters<>;
+};
+template <class F>
+requires requires(F f) { detail::parameters_of(f); }
+struct ParametersOf<F> {
+  using Type = decltype(detail::parameters_of(std::declval<F>()));
+};
+template <class F>
+requires requires { detail::without_object(detail::parameters_of(&F::operator())); }
+struct ParametersOf<F> {
+  using Type = decltype(detail::without_object(detail::parameters_of(&F::operator())));
+};
+
+template <std::size_t index, class Known>
+struct ParameterAt {
+  using Type = Parameters<>;  // not known
+};
+template <std::size_t index, class... P>
+requires(index < sizeof...(P)) struct ParameterAt<index, Parameters<P...>> {
+  using Type = std::tuple_element_t<index, std::tuple<P...>>;
+};
+
+/// Whether a parameter `P` refers to a temporary if it is given an argument `A`.
+template <class P, class A>
+inline constexpr bool makes_temporary =
+    std::is_reference_v<P>&& std::is_convertible_v<A, P> &&
+    !std::is_convertible_v<std::remove_reference_t<A>*, std::remove_reference_t<P>*> &&
+    !std::is_convertible_v<A, std::remove_cvref_t<P>&>;
+
+/// How an argument `A` for a parameter `P` is kept during a call: borrowed, or converted.
+template <class P, class A, bool = makes_temporary<P, A>>
+struct Argument {
+  using Kept = A&&;
+  static A&& pass(A&& argument) noexcept { return std::forward<A>(argument); }
+};
+template <class P, class A>
+struct Argument<P, A, true> {
+  using Kept = std::remove_cvref_t<P>;
+  static P pass(Kept&& argument) noexcept { return static_cast<P>(argument); }
+};
+
+/// `std::invoke(f, a...)` as a Task, for a caller that waits. An argument that is converted for a reference (a literal
+/// for a `const std::string&`) is converted here, and not when a coroutine is made, which would outlive it.
+template <class Indices, class F, class... A>
+class Invocation;
+template <std::size_t... index, class F, class... A>
+class Invocation<std::index_sequence<index...>, F, A...> {
+  using Known = typename ParametersOf<std::remove_cvref_t<F>>::Type;
+  template <std::size_t i, class Given>
+  using ArgumentAt = Argument<typename ParameterAt<i, Known>::Type, Given>;
+
+ public:
+  explicit Invocation(F&& f, A&&... a) : f_(std::forward<F>(f)), a_(std::forward<A>(a)...) {}
+
+  decltype(auto) operator()() requires std::invocable<F, A...> {
+    return std::invoke(
+        std::forward<F>(f_),
+        ArgumentAt<index, A>::pass(static_cast<typename ArgumentAt<index, A>::Kept&&>(std::get<index>(a_)))...);
+  }
+
+ private:
+  F&& f_;
+  std::tuple<typename ArgumentAt<index, A>::Kept...> a_;
+};
+template <class F, class... A>
+using InvocationOf = Invocation<std::index_sequence_for<A...>, F, A...>;
 
 // =====================================================================================================================
 // 4. Time, and stops
@@ -1785,8 +1876,13 @@ struct Quoted {
 
 inline void describe(std::ostream& out, const CallInfo& call, SteadyTime now) {
   constexpr std::array<const char*, 4> states{"queued", "waiting for its turn", "running", "cancelling"};
-  out << "  " << states.at(static_cast<std::size_t>(call.state)) << ", " << Seconds{call.age}
-      << " old: " << Printable{call.where.file_name()} << ':' << call.where.line() << Quoted{call.name};
+  out << "  " << states.at(static_cast<std::size_t>(call.state)) << ", " << Seconds{call.age} << " old: ";
+  if (call.where.line() != 0) {
+    out << Printable{call.where.file_name()} << ':' << call.where.line();
+  } else {
+    out << "place unknown";
+  }
+  out << Quoted{call.name};
   if (call.caller == std::thread::id()) {
     out << ", submitted";
   } else {
@@ -2228,6 +2324,9 @@ class Call : public Counted {
     return CallRef::first(*this, *this);
   }
 
+  /// Calls what `submit` was given for the end of the call, which is over. Throws what that throws.
+  virtual void tell_end() {}
+
   /// Why a call that is over has no value.
   const BridgeError& error() const noexcept { return *error_; }
   std::optional<BridgeError::Kind> error_kind() const noexcept {
@@ -2411,6 +2510,9 @@ class Worker : public std::enable_shared_from_this<Worker> {
 
   /// The call is over, or was refused.
   void note_end(Call& call, std::optional<BridgeError::Kind> error) noexcept;
+
+  /// Tells who submitted the call that it is over.
+  void tell_end(Call& call) const noexcept;
 
   /// Nobody will ask for the result of the call, which is over.
   void note_unjoined(const Call& call) const noexcept;
@@ -2705,6 +2807,7 @@ RUNTIME_BRIDGE_INLINE void Worker::complete(Call& call) noexcept {
   if (call.submitted()) {
     note_end(call, call.error_kind());
     if (call.settle()) note_unjoined(call);
+    tell_end(call);
   }
   node_.complete(call.wait_record());
   if (call.has_turn()) end_turn();
@@ -2743,12 +2846,21 @@ RUNTIME_BRIDGE_INLINE void Worker::submit(const std::shared_ptr<Call>& call, con
   if (!refusal) return;
   note_end(*call, refusal->kind());
   call->refuse(*std::move(refusal));
+  tell_end(*call);
 }
 
 RUNTIME_BRIDGE_INLINE void Worker::note_end(Call& call, std::optional<BridgeError::Kind> error) noexcept {
   if (forked()) return;
   registry_.remove(call.record(), error);
   if (options_.on_call_end) call_hook(options_.on_call_end, call.record().end(error));
+}
+
+RUNTIME_BRIDGE_INLINE void Worker::tell_end(Call& call) const noexcept {
+  try {
+    call.tell_end();
+  } catch (...) {
+    if (!forked()) context_.report_stray();
+  }
 }
 
 RUNTIME_BRIDGE_INLINE void Worker::note_slow(CallRecord& call) const noexcept {
@@ -3175,7 +3287,7 @@ class ResultCall : public Call {
 
 /// A call of a plain callable.
 template <class Called>
-class PlainCall final : public ResultCall<Called> {
+class PlainCall : public ResultCall<Called> {
  public:
   PlainCall() = default;
   explicit PlainCall(TaskPointer<Called> task) : task_(task) {}
@@ -3201,8 +3313,8 @@ class PlainCall final : public ResultCall<Called> {
 
 /// A call of a coroutine: of an awaitable, or of something that makes one.
 template <class Awaitable>
-class CoroutineCall final : public ResultCall<typename AwaitableTraits<Awaitable>::Value>,
-                            private CoroutineTask<typename AwaitableTraits<Awaitable>::Executor> {
+class CoroutineCall : public ResultCall<typename AwaitableTraits<Awaitable>::Value>,
+                      private CoroutineTask<typename AwaitableTraits<Awaitable>::Executor> {
   using Executor = typename AwaitableTraits<Awaitable>::Executor;
   using typename CoroutineTask<Executor>::Frame;
 
@@ -3248,6 +3360,39 @@ class CoroutineCall final : public ResultCall<typename AwaitableTraits<Awaitable
 
 template <class Called>
 using TaskCall = std::conditional_t<is_awaitable<Called>, CoroutineCall<Called>, PlainCall<Called>>;
+
+/// A call whose result goes to a function.
+template <class Called, class OnEnd>
+class CallWithEnd final : public TaskCall<Called> {
+ public:
+  explicit CallWithEnd(OnEnd&& on_end) : on_end_(std::move(on_end)) {}
+
+ private:
+  void tell_end() override { std::invoke(std::move(on_end_), this->result()); }
+
+  OnEnd on_end_;
+};
+struct NoEnd {};
+
+/// Makes a call own a task.
+template <class Task>
+void own(TaskCall<typename TaskTraits<std::decay_t<Task>>::Called>& call, void* task) {
+  call.own(std::forward<Task>(*static_cast<std::remove_reference_t<Task>*>(task)));
+}
+
+/// Submits a call. Not inlined, so that call sites stay small. `own` makes it own the task.
+template <class Called>
+[[gnu::noinline]] void submit(const std::shared_ptr<Worker>& worker, const std::shared_ptr<TaskCall<Called>>& call,
+                              void (*own)(TaskCall<Called>& call, void* task), void* task, const SourceLocation& where,
+                              std::string* name) {
+  own(*call, task);
+  if (worker) return worker->submit(call, where, name);
+  call->refuse({BridgeError::WorkerDead, nullptr, static_text("the bridge was moved from")});
+  try {
+    static_cast<Call&>(*call).tell_end();
+  } catch (...) {  // there is no hook either
+  }
+}
 
 /// Runs a task and waits for it: see `RuntimeBridge::block_on_until`. Not inlined, so that call sites stay small.
 template <class Called, class Task, class Clock, class Duration>
@@ -3304,6 +3449,12 @@ class RuntimeBridge {
     options.thread_name = std::move(name);
     return RuntimeBridge(std::move(options));
   }
+
+  /// One bridge for the whole process, for libraries and small programs. Its worker starts with the first call. It is
+  /// never destroyed, so the destructors of static objects may use it; tasks that are in flight when the process ends
+  /// are not cancelled. A forked child gets a new one. Throws `std::bad_alloc`. Nobody should shut it down, for it is
+  /// everybody's. Modules that do not share symbols have one each.
+  [[nodiscard]] static RuntimeBridge& shared();
 
   /// The constructor for callers without exceptions. `std::errc::not_enough_memory` stands for `std::bad_alloc`.
   [[nodiscard]] static detail::Expected<RuntimeBridge, std::error_code> create(Options options = {}) noexcept {
@@ -3437,12 +3588,52 @@ class RuntimeBridge {
     return run<Task>(task, deadline, stop, where, nullptr);
   }
 
+  /// Calls `f(args...)` on the worker, as `std::invoke` does, and waits until that is over; `f` may be a pointer to a
+  /// member. What it returns is run if it is an `asio::awaitable` or an operation, and the result is that of
+  /// `block_on`.
+  ///
+  /// The function and its arguments are borrowed, temporaries included: they live until the call is over, also where a
+  /// coroutine takes them by reference, and an argument that must be converted for such a parameter is converted first.
+  /// (The parameters of templates and of overloaded functions are not known here: give those what they take.)
+  ///
+  /// For diagnosis `named` gives a name: `call(named("get", &Client::get), client, key)`. The place of the call is not
+  /// known.
+  template <class F, class... Args>
+  [[nodiscard]] Result<detail::TaskValue<detail::InvocationOf<detail::Unnamed<F>, Args...>>> call(
+      F&& f, Args&&... args) const {
+    return invoke<F>((detail::SteadyTime::max)(), f, std::forward<Args>(args)...);
+  }
+
+  /// `call` with a deadline: this long from now. See `block_on_for`.
+  template <class Rep, class Period, class F, class... Args>
+  [[nodiscard]] Result<detail::TaskValue<detail::InvocationOf<detail::Unnamed<F>, Args...>>> call_for(
+      std::chrono::duration<Rep, Period> timeout, F&& f, Args&&... args) const {
+    return invoke<F>(detail::time_after(timeout), f, std::forward<Args>(args)...);
+  }
+
   /// Runs a task on the worker without waiting. The task must own its data, since it may outlive the caller.
   ///
   /// Tasks are as for `block_on`, and so is the result of `JoinHandle::join`. This never waits, so it may be called on
   /// the worker itself. Throws `std::bad_alloc` like `block_on`.
   template <class Task>
-  JoinHandle<detail::TaskValue<Task>> submit(Task&& task, SourceLocation where = SourceLocation::current()) const;
+  JoinHandle<detail::TaskValue<Task>> submit(Task&& task, SourceLocation where = SourceLocation::current()) const {
+    detail::NoEnd none;
+    return send<Task>(task, none, where, nullptr);
+  }
+
+  /// Runs a task on the worker, and calls `on_end` once with its `Result` when it is over, whatever ends it: on the
+  /// worker; or in here if the call is refused. A bridge that is shut down or destroyed waits for that. `on_end` must
+  /// not block, as it holds up the worker; it may submit the next task. What it throws goes to
+  /// `Options::on_stray_exception`. Throws `std::bad_alloc` if there is no memory to make the call, and does not call
+  /// `on_end` then.
+  template <class Task, class OnEnd>
+  requires(!std::same_as<OnEnd, SourceLocation>) void submit(Task&& task, OnEnd on_end,
+                                                             SourceLocation where = SourceLocation::current()) const {
+    constexpr bool fits = std::invocable<OnEnd, Result<detail::TaskValue<Task>>>;
+    static_assert(!detail::is_task<Task> || fits,
+                  "runtime_bridge: submit's second argument must be callable with the Result of the task");
+    if constexpr (fits) send<Task>(task, on_end, where, nullptr);
+  }
 
   /// Admits no more calls, waits for those in flight, and ends the worker. Later calls return `WorkerDead`.
   ///
@@ -3485,10 +3676,29 @@ class RuntimeBridge {
     }
   }
 
+  /// What `call` does, with or without a deadline.
+  template <class F, class... A>
+  Result<detail::TaskValue<detail::InvocationOf<detail::Unnamed<F>, A...>>> invoke(detail::SteadyTime deadline,
+                                                                                   std::remove_reference_t<F>& f,
+                                                                                   A&&... a) const {
+    using Invocation = detail::InvocationOf<detail::Unnamed<F>, A...>;
+    constexpr bool fits = std::invocable<detail::Unnamed<F>, A...>;
+    static_assert(fits, "runtime_bridge: call's function cannot be called with these arguments");
+    if constexpr (!fits) {
+      return detail::failure(BridgeError::WorkerDead, "not a Task");
+    } else if constexpr (detail::is_named<std::remove_cvref_t<F>>) {
+      std::string name = std::forward<F>(f).name;
+      Invocation task(std::forward<F>(f).task, std::forward<A>(a)...);
+      return run<Invocation&>(task, deadline, Stop(), SourceLocation(), &name);
+    } else {
+      Invocation task(std::forward<F>(f), std::forward<A>(a)...);
+      return run<Invocation&>(task, deadline, Stop(), SourceLocation(), nullptr);
+    }
+  }
+
   /// What all of `submit` does.
-  template <class Task>
-  JoinHandle<detail::TaskValue<Task>> send(std::remove_reference_t<Task>& task, const SourceLocation& where,
-                                           std::string* name) const;
+  template <class Task, class OnEnd>
+  auto send(std::remove_reference_t<Task>& task, OnEnd& on_end, const SourceLocation& where, std::string* name) const;
 
   RuntimeBridge(std::shared_ptr<detail::Worker> worker, bool owns_worker) noexcept
       : worker_(std::move(worker)), owns_worker_(owns_worker) {}
@@ -3575,22 +3785,6 @@ class [[nodiscard]] JoinHandle {
   JoinHandle(std::shared_ptr<detail::Worker> worker, std::shared_ptr<detail::ResultCall<T>> call) noexcept
       : worker_(std::move(worker)), call_(std::move(call)) {}
 
-  /// What `submit` does, for all tasks that give the same type. `own` gives the task to the call.
-  template <class Called>
-  [[gnu::noinline]] static JoinHandle submit(const std::shared_ptr<detail::Worker>& bridge, void* task,
-                                             void (*own)(detail::TaskCall<Called>& call, void* task),
-                                             const SourceLocation& where, std::string* name) {
-    std::shared_ptr<detail::Worker> worker = bridge;  // the bridge may be destroyed meanwhile
-    auto call = std::make_shared<detail::TaskCall<Called>>();
-    own(*call, task);
-    if (!worker) {
-      call->refuse({BridgeError::WorkerDead, nullptr, detail::static_text("the bridge was moved from")});
-    } else {
-      worker->submit(call, where, name);
-    }
-    return {std::move(worker), std::move(call)};
-  }
-
   bool wait_until(detail::SteadyTime deadline) const {
     if (done()) return true;
     detail::WaitScope wait;
@@ -3602,37 +3796,54 @@ class [[nodiscard]] JoinHandle {
   bool joined_ = false;  // `call_` stays, for other threads may be asking it to stop
 };
 
-// Here, because they need JoinHandle.
-
-template <class Task>
-JoinHandle<detail::TaskValue<Task>> RuntimeBridge::submit(Task&& task, SourceLocation where) const {
-  return send<Task>(task, where, nullptr);
-}
-
-template <class Task>
-JoinHandle<detail::TaskValue<Task>> RuntimeBridge::send(std::remove_reference_t<Task>& task,
-                                                        const SourceLocation& where, std::string* name) const {
+// Here, because it needs JoinHandle.
+template <class Task, class OnEnd>
+auto RuntimeBridge::send(std::remove_reference_t<Task>& task, OnEnd& on_end, const SourceLocation& where,
+                         std::string* name) const {
+  constexpr bool has_end = !std::is_same_v<OnEnd, detail::NoEnd>;
   constexpr bool can_be_kept = std::constructible_from<std::decay_t<detail::Unnamed<Task>>, detail::Unnamed<Task>>;
+  using Handle = std::conditional_t<has_end, void, JoinHandle<detail::TaskValue<Task>>>;
   detail::assert_task<Task>();
   static_assert(!detail::is_task<Task> || can_be_kept,
                 "runtime_bridge: submit keeps the task, and this one cannot be copied: give it up: "
                 "submit(std::move(task))");
   if constexpr (!detail::is_task<Task> || !can_be_kept) {
-    return {};
+    return Handle();
   } else if constexpr (detail::is_named<std::remove_cvref_t<Task>>) {
     std::string own_name = std::forward<Task>(task).name;
-    return send<detail::Unnamed<Task>>(task.task, where, &own_name);
+    return send<detail::Unnamed<Task>>(task.task, on_end, where, &own_name);
   } else if constexpr (std::is_function_v<std::remove_reference_t<Task>>) {
     auto* const pointer = &task;
-    return send<decltype(pointer)>(pointer, where, name);
+    return send<decltype(pointer)>(pointer, on_end, where, name);
   } else {
     using Called = typename detail::TaskTraits<std::decay_t<Task>>::Called;
-    const auto own = [](detail::TaskCall<Called>& call, void* t) {
-      call.own(std::forward<Task>(*static_cast<std::remove_reference_t<Task>*>(t)));
-    };
-    return JoinHandle<detail::TaskValue<Task>>::template submit<Called>(worker_, detail::address_of(task), own, where,
-                                                                        name);
+    std::shared_ptr<detail::Worker> worker = worker_;  // the bridge may be destroyed meanwhile
+    if constexpr (has_end) {
+      const auto call = std::make_shared<detail::CallWithEnd<Called, OnEnd>>(std::move(on_end));
+      detail::submit<Called>(worker, call, detail::own<Task>, detail::address_of(task), where, name);
+    } else {
+      auto call = std::make_shared<detail::TaskCall<Called>>();
+      detail::submit<Called>(worker, call, detail::own<Task>, detail::address_of(task), where, name);
+      return Handle(std::move(worker), std::move(call));
+    }
   }
+}
+
+inline RuntimeBridge& RuntimeBridge::shared() {
+  struct Shared {
+    RuntimeBridge bridge;
+    const Shared* before;  // that of the parent process: never destroyed, and kept where leak checkers find it
+  };
+  static constinit std::atomic<Shared*> newest{nullptr};
+  Shared* current = newest.load();
+  while (!current || current->bridge.worker_->forked()) {
+    Options options;
+    options.thread_name = "shared-bridge";
+    options.start = Start::lazy;
+    auto made = std::make_unique<Shared>(Shared{RuntimeBridge(std::move(options)), current});
+    if (newest.compare_exchange_strong(current, made.get())) current = made.release();
+  }
+  return current->bridge;
 }
 
 }  // namespace RUNTIME_BRIDGE_FLAVOUR

@@ -51,6 +51,8 @@ int main() {
   (void)bridge.block_on([](int m) { return m; });
 #elif CASE == 5
   (void)bridge.block_on(task_of_a_pool());
+#elif CASE == 6
+  (void)bridge.call([](int) {}, "a text");
 #elif CASE == 7
   (void)bridge.block_on([] { return std::mutex(); });
 #elif CASE == 8
@@ -67,6 +69,8 @@ int main() {
 #elif CASE == 13
   auto result = bridge.block_on([] { return std::make_unique<int>(1); });
   (void)unwrap(result);
+#elif CASE == 14
+  bridge.submit([] { return 1; }, [](runtime_bridge::Result<std::unique_ptr<int>>) {});
 #else
 #error "no such case"
 #endif

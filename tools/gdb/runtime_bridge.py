@@ -212,7 +212,8 @@ class Call:
 
     def describe(self, now, threads):
         state = STATES[self.state] if self.state in range(len(STATES)) else "?"
-        text = f"  {state}, {seconds(max(now - self.start, 0))} old: {printable(self.file)}:{self.line}{quoted(self.name)}"
+        place = f"{printable(self.file)}:{self.line}" if self.line else "place unknown"
+        text = f"  {state}, {seconds(max(now - self.start, 0))} old: {place}{quoted(self.name)}"
         thread = threads.find(self.caller) if self.caller else None
         text += f", called by thread {self.caller}{quoted(name_of(thread))}" if self.caller else ", submitted"
         if self.deadline != NO_DEADLINE and self.deadline > now:
