@@ -215,15 +215,14 @@ TEST_CASE("async mutex: a bridge is stopped with a holder and coroutines that wa
       co_await std::move(inner);
     };
     const auto hold_second = [&] { return hold(second, stubborn); };
-    std::array<std::future<Outcome>, 6> callers;
-    for (std::size_t i = 0; i < callers.size(); ++i) {
-      callers.at(i) = std::async(std::launch::async, [&, i] {
-        return outcome(i % 2 == 0 ? bridge.block_on(hold_both) : bridge.block_on(hold_second));
-      });
+    std::vector<JoinHandle<void>> calls;
+    for (int i = 0; i < 3; ++i) {
+      calls.push_back(bridge.submit(hold_both));
+      calls.push_back(bridge.submit(hold_second));
     }
-    await_calls(bridge, callers.size());
+    await_calls(bridge, calls.size());
     bridge.shutdown(Shutdown::drain, 0s);  // stops it as the destructor does
-    for (auto& caller : callers) CHECK(caller.get() == response_lost);
+    for (auto& call : calls) CHECK(outcome(call.join()) == response_lost);
   }
 }
 
@@ -250,11 +249,9 @@ TEST_CASE("async mutex: coroutines that are destroyed while they wait for a seco
 TEST_CASE("async mutex: shutdown cancels the holder and those that wait") {
   RuntimeBridge bridge;
   AsyncMutex mutex(bridge.get_executor());
-  std::array<std::future<Outcome>, 3> callers;
-  for (auto& caller : callers) {
-    caller = std::async(std::launch::async, [&] { return outcome(bridge.block_on([&] { return hold(mutex); })); });
-  }
-  await_calls(bridge, callers.size());
+  std::vector<JoinHandle<void>> calls;
+  for (int i = 0; i < 3; ++i) calls.push_back(bridge.submit([&] { return hold(mutex); }));
+  await_calls(bridge, calls.size());
   bridge.shutdown(Shutdown::cancel);
-  for (auto& caller : callers) CHECK(caller.get() == BridgeError::Cancelled);
+  for (auto& call : calls) CHECK(outcome(call.join()) == BridgeError::Cancelled);
 }

@@ -94,7 +94,7 @@ TEST_CASE("on_end: the task is gone before, and the function is destroyed on the
   std::optional<bool> was_gone;
   std::thread::id destroyed_on;
   NotesItsEnd notes(destroyed_on);
-  bridge.submit([flag = std::make_unique<SetsFlag>(task_gone)]() -> awaitable<void> { co_return; },
+  bridge.submit([flag = std::unique_ptr<SetsFlag>(new SetsFlag{task_gone})]() -> awaitable<void> { co_return; },
                 [&, n = std::move(notes)](const Result<void>&) { was_gone = task_gone; });
   unwrap(bridge.block_on([] {}));
   CHECK(was_gone == true);
@@ -111,7 +111,8 @@ TEST_CASE("on_end: a call that is refused, on the thread that submits") {
   CHECK(after_shutdown.times() == 1);
   CHECK(after_shutdown.on() == std::this_thread::get_id());
   CHECK(outcome(after_shutdown.result()) == worker_dead);
-  bridge.submit([flag = std::make_shared<SetsFlag>(task_gone)] {}, [&](const Result<void>&) { was_gone = task_gone; });
+  bridge.submit([flag = std::shared_ptr<SetsFlag>(new SetsFlag{task_gone})] {},
+                [&](const Result<void>&) { was_gone = task_gone; });
   CHECK(was_gone == true);
   const RuntimeBridge other = std::move(bridge);
   bridge.submit([] {}, moved_from.function());  // NOLINT(bugprone-use-after-move)
