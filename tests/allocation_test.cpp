@@ -15,6 +15,7 @@
 
 #include "support.hpp"
 
+using runtime_bridge::poll_every;
 using runtime_bridge::Shutdown;
 
 namespace {
@@ -539,6 +540,36 @@ TEST_CASE("allocation: submit") {
     };
     scene.call(b, succeeds, dropped);
     if (shortage.on_workers != on_workers) scene.not_told();
+    scene.works(b);
+  });
+}
+
+TEST_CASE("allocation: arguments, predicates, and functions for the end") {
+  sweep(14, [](Scene& scene) {
+    std::optional<RuntimeBridge> bridge;
+    if (!scene.attempt([&] { bridge.emplace(options(Start::lazy)); })) return;
+    const auto& b = *bridge;
+    const Part part;
+
+    const auto measures = [](const std::string& text, [[maybe_unused]] Part p) {
+      ++tasks_begun;
+      return static_cast<int>(text.size());
+    };
+    scene.call(b, gives(35), [&] { return b.call(measures, "more than a string keeps in itself.", part); });
+
+    const auto parks = [part] { return park(part); };
+    const auto polled = [&] { return b.block_on(parks, poll_every(1ms, [n = 0]() mutable { return ++n == 3; })); };
+    scene.call(b, gives(BridgeError::Cancelled), polled);
+
+    const auto told_of_end = [&](auto task) {
+      std::optional<Result<int>> result;
+      b.submit(std::move(task), [&](Result<int> end) { result.emplace(std::move(end)); });
+      await_state([&] { return b.in_flight() == 0; });
+      return *std::move(result);
+    };
+    scene.call(b, gives(6), [&] { return told_of_end([part] { return ++tasks_begun, 6; }); });
+    scene.call(b, gives(8), [&] { return told_of_end([part] { return hop<Plain>(part); }); });
+    scene.call(b, gives(7), [&] { return told_of_end(seven<Plain>(part)); });
     scene.works(b);
   });
 }
