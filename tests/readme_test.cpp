@@ -4,10 +4,14 @@
 // README is in a file that is compiled, such as this one.
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <functional>
 #include <iostream>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "support.hpp"
 
@@ -159,6 +163,147 @@ TEST_CASE("readme: a wrapper passes on where it was called, and the hooks tell")
   await_state([&] { return bridge.stats().response_lost == 1; });
   bridge.shutdown(Shutdown::drain);
   CHECK(logged == "runtime_bridge: the task threw: lost");
+}
+
+TEST_CASE("readme: arguments") {
+  RuntimeBridge bridge;
+  Client client;
+  const std::string key = "a";
+
+  auto value = bridge.call(&Client::get, client, "prefix/" + key);
+  auto soon = bridge.call_for(std::chrono::milliseconds(200), &Client::get, client, key);
+
+  CHECK(value == "value of prefix/a");
+  CHECK((soon == "value of a" || soon.error() == BridgeError::TimedOut));
+}
+
+TEST_CASE("readme: a predicate") {
+  RuntimeBridge bridge;
+  Client client;
+  const std::string key = "slow";
+  int asked = 0;
+  const auto user_pressed_cancel = [&asked] { return ++asked == 2; };
+
+  auto value =
+      bridge.block_on([&] { return client.get(key); }, poll_every(std::chrono::milliseconds(50), user_pressed_cancel));
+
+  CHECK(value.error() == BridgeError::Cancelled);
+  CHECK(asked == 2);
+}
+
+TEST_CASE("readme: a function for the end") {
+  Options options;
+  std::atomic<int> shown{0};
+  const auto show = [&shown](const std::string&) { ++shown; };
+  RuntimeBridge bridge(options);
+  Client client;
+
+  bridge.submit(client.get("a"), [&](Result<std::string> value) {
+    show(value ? *value : value.error().message());  // on the worker, so it must not block
+  });
+
+  bridge.shutdown(Shutdown::drain);
+  CHECK(shown == 1);
+}
+
+TEST_CASE("readme: fan-out") {
+  RuntimeBridge bridge;
+  Client client;
+  const std::vector<std::string> keys{"a", "b", "c"};
+
+  std::vector<JoinHandle<std::string>> fetches;
+  for (const std::string& key : keys) fetches.push_back(bridge.submit(client.get(key)));
+  std::vector<std::string> values;
+  for (auto& fetch : fetches) values.push_back(unwrap(fetch.join()));  // if this throws, the others are stopped
+
+  CHECK(values == std::vector<std::string>{"value of a", "value of b", "value of c"});
+}
+
+namespace {
+
+struct Leases {
+  awaitable<void> renew() {
+    ++renewed;
+    co_await asio::post(use_awaitable);
+  }
+  std::atomic<int> renewed{0};
+};
+
+/// Renews a lease as long as it lives.
+class Heartbeat {
+ public:
+  Heartbeat(const RuntimeBridge& bridge, Leases& leases) : beats_(bridge.submit(beat(leases))) {}
+
+ private:
+  static awaitable<void> beat(Leases& leases) {
+    asio::steady_timer timer(co_await asio::this_coro::executor);
+    for (;;) {
+      co_await leases.renew();
+      timer.expires_after(std::chrono::seconds(1));
+      co_await timer.async_wait(use_awaitable);
+    }
+  }
+
+  JoinHandle<void> beats_;  // its destructor stops the task, and waits until that has ended
+};
+
+/// Tasks on several cores. A key's tasks are always on the same bridge, so they may share a connection.
+class Bridges {
+ public:
+  explicit Bridges(std::size_t cores) : bridges_(cores) {}
+
+  const RuntimeBridge& of(std::string_view key) const {
+    return bridges_[std::hash<std::string_view>()(key) % bridges_.size()];
+  }
+
+ private:
+  std::vector<RuntimeBridge> bridges_;
+};
+
+}  // namespace
+
+TEST_CASE("readme: a heartbeat") {
+  RuntimeBridge bridge;
+  Leases leases;
+  {
+    const Heartbeat heartbeat(bridge, leases);
+    await_state([&] { return leases.renewed == 1; });
+  }
+  CHECK(bridge.in_flight() == 0);
+}
+
+TEST_CASE("readme: several bridges") {
+  const Bridges bridges(3);
+  CHECK(bridges.of("a").block_on([] { return 1; }) == 1);
+  CHECK(&bridges.of("a") == &bridges.of("a"));
+}
+
+TEST_CASE("readme: completion in another event loop") {
+  RuntimeBridge bridge;
+  Client client;
+  asio::io_context gui;
+  auto work = asio::make_work_guard(gui);
+  std::string shown;
+  const auto show = [&](const Result<std::string>& value) {
+    shown = value.value_or("none");
+    work.reset();
+  };
+
+  bridge.submit(client.get("a"), [&](Result<std::string> value) {
+    asio::post(gui, [&, value = std::move(value)] { show(value); });  // back to the thread that runs this loop
+  });
+
+  gui.run();
+  CHECK(shown == "value of a");
+}
+
+TEST_CASE("readme: one bridge for the process") {
+  Client client;
+  const std::string key = "a";
+
+  auto value = RuntimeBridge::shared().block_on([&] { return client.get(key); });
+
+  CHECK(value == "value of a");
 }
 
 namespace {
