@@ -2919,7 +2919,8 @@ RUNTIME_BRIDGE_INLINE net::io_context::executor_type Worker::get_executor() noex
 RUNTIME_BRIDGE_INLINE Stats Worker::stats() const noexcept {
   if (forked()) return {};
   Stats stats = registry_.stats();
-  stats.in_flight = in_flight();
+  // The gate counts a call before the registry does.
+  stats.in_flight = static_cast<std::size_t>((std::min)(std::uint64_t{in_flight()}, stats.admitted));
   return stats;
 }
 

@@ -25,8 +25,10 @@ extern "C" const char* __tsan_default_suppressions() {
 
 using namespace stress;
 using runtime_bridge::CallInfo;
+using runtime_bridge::poll_every;
 using runtime_bridge::Shutdown;
 using runtime_bridge::Stats;
+using runtime_bridge::Stop;
 using runtime_bridge::unlimited;
 
 namespace {
@@ -72,6 +74,7 @@ class World : public Ground {
       bridge.reset();
     }
     pool.join();
+    if (!comes([&] { return ends_told_ == ends_awaited_; })) violation("an end was not told");
   }
 
   void operate(Dice& schedule, const Path& path) {
@@ -141,17 +144,13 @@ class World : public Ground {
   auto enter(Record& record, Dice& dice, Task&& task) {
     const RuntimeBridge& bridge = record.entry->bridge;
     const auto limit = dice.one_of({-1us, 0us, 50us, 400us, 2'000us, 20'000us});
+    Stop token = poll_every(100us, [&record] { return record.source.stop_requested(); });
 #ifdef HAS_STOP_TOKEN
-    const stop_token token = record.source.get_token();
-    const bool can_stop = true;
-#else
-    const runtime_bridge::detail::StopToken token;
-    const bool can_stop = false;
-    if (record.kind == Kind::stops_itself) record.kind = Kind::parks;
+    if (!dice.one_in(4)) token = record.source.get_token();
 #endif
-    const bool has_deadline = dice.one_in(3) || (record.needs_stop() && !can_stop);
-    const bool stopped = dice.one_in(16) && can_stop;
-    const bool stop = can_stop && (dice.one_in(4) || (record.needs_stop() && !has_deadline));
+    const bool has_deadline = dice.one_in(3);
+    const bool stopped = dice.one_in(16);
+    const bool stop = dice.one_in(4) || (record.needs_stop() && !has_deadline);
     record.may_start = !stopped && !record.known_ring && !(has_deadline && limit <= 0us) && !record.history->closed;
     if (stopped) record.source.request_stop();
     if (stop) asio::post(pool, [source = record.source]() mutable { source.request_stop(); });
@@ -168,12 +167,28 @@ class World : public Ground {
     record.path.push_back(record.history);
     plan(record, dice, path);
     record.drops = dice.one_in(3);
-    const int form = dice.under(4);
+    const int form = dice.under(5);
     if (form == 0) return judge(record, enter(record, dice, task_of(Frame(record))), 0);
     if (form == 1 && record.plain()) return judge(record, enter(record, dice, Plain{Frame(record)}), 1);
     if (form == 2) return judge(record, enter(record, dice, Callable{Frame(record)}), 1);
+    if (form == 3 && !record.needs_stop()) return call_with_arguments(record, dice);
     const Callable callable{Frame(record)};
     judge(record, enter(record, dice, callable), 1);
+  }
+
+  void call_with_arguments(Record& record, Dice& dice) {
+    if (record.kind == Kind::stops_itself) record.kind = Kind::suspends;
+    const RuntimeBridge& bridge = record.entry->bridge;
+    const Frame frame(record);
+    const auto function = runtime_bridge::named("call", [](const Frame& f, Frame) { return task_of(f.another()); });
+    record.may_start = !record.known_ring && !record.history->closed;
+    const bool has_deadline = dice.one_in(2);
+    const auto limit = dice.one_of({50us, 2'000us});
+    if (has_deadline) record.deadline = Clock::now() + limit;
+    // A statement of its own, after which the arguments are gone.
+    const auto result = has_deadline ? bridge.call_for(limit, function, frame, Frame(record))
+                                     : bridge.call(function, frame, Frame(record));
+    judge(record, result, 1);
   }
 
   void call_operation(Dice& dice, const Path& path) {
@@ -204,7 +219,26 @@ class World : public Ground {
     return {record, bridge.bridge.submit(Callable{Frame(*record, record)})};
   }
 
+  /// Nobody stops such a task.
+  void submit_with_end(Dice& dice, const Path& path) {
+    const auto bridge = take(dice, path);
+    auto record = std::make_shared<Record>(Record{*this, bridge->history, dice.next(), {bridge->history}});
+    plan(*record, dice, path);
+    if (record->needs_stop() || record->kind == Kind::stops_itself) record->kind = Kind::ignores;
+    record->ring_possible = false;
+    record->may_start = !bridge->history->closed;
+    ++ends_awaited_;
+    const auto on_end = [this, record, times = std::make_shared<int>(0)](const Result<Payload>& result) {
+      judge(*record, result, 0);
+      record->check(++*times == 1, "its end was told twice");
+      ++ends_told_;
+    };
+    if (dice.one_in(2)) return bridge->bridge.submit(task_of(Frame(*record, record)), on_end);
+    bridge->bridge.submit(Callable{Frame(*record, record)}, on_end);
+  }
+
   void submit(Dice& dice, const Path& path) {
+    if (dice.one_in(4)) return submit_with_end(dice, path);
     auto bridge = take(dice, path);
     auto [record, handle] = send(dice, path, *bridge);
     bridge.reset();
@@ -281,7 +315,7 @@ class World : public Ground {
   void look(Dice& dice, const Path& path) {
     const auto bridge = take(dice, path);
     for (const CallInfo& call : bridge->bridge.calls())
-      if (call.where.line() == 0) violation("a call that is over is listed");
+      if (call.where.line() == 0 && call.name.empty()) violation("a call that is over is listed");
     const Stats stats = bridge->bridge.stats();
     if (stats.in_flight > stats.admitted) violation("more calls are in flight than there were");
     std::ostringstream out;
@@ -291,6 +325,7 @@ class World : public Ground {
 
   const std::uint64_t seed_;
   const bool ordered_;  // workers wait only for bridges of their own level or a higher one, so there are no rings
+  std::atomic<std::int64_t> ends_awaited_{0}, ends_told_{0};
   std::array<std::shared_ptr<Bridge>, slots> bridges_;  // guarded by `mutex`
 };
 
