@@ -767,6 +767,30 @@ TEST_CASE("hosted: a bridge with a limit destroys it in its turn") {
   CHECK(life.destroyed == worker);
 }
 
+// Cancelling takes its destructor's call out of the row, while a task is in flight.
+TEST_CASE("hosted: destroyed in its turn, while the calls are cancelled") {
+  RuntimeBridge bridge(at_most(1, WhenFull::wait));
+  Life life;
+  std::optional<Hosted<Guest>> hosted(std::in_place, bridge, life);
+  std::atomic<bool> may_end{false};
+  int alive_at_end = -1;
+  const auto ignores_cancellation = [&]() -> awaitable<void> {
+    co_await asio::this_coro::reset_cancellation_state(asio::disable_cancellation());
+    auto running = run_until(may_end);
+    co_await std::move(running);
+    alive_at_end = life.alive;
+  };
+  auto task = bridge.submit(ignores_cancellation);
+  jthread destroyer([&] { hosted.reset(); });
+  await_state([&] { return count_calls(bridge, State::waiting) == 1; });
+  jthread ender([&] { bridge.shutdown(Shutdown::cancel); });
+  await_state([&] { return count_calls(bridge, State::waiting) == 0; });
+  may_end = true;
+  destroyer.join();
+  CHECK(life.alive == 0);
+  CHECK(alive_at_end == 1);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Forked
 
@@ -862,7 +886,7 @@ TEST_CASE("hosted: destroyed while another thread ends the bridge", "[race]") {
     std::optional<Hosted<Guest>> hosted(std::in_place, *bridge, life);
     // Seldom, since the bridge's end waits for 200 ms if an operation is pending that belongs to no task.
     std::optional<Hosted<Waiter>> waiter;
-    if (round % 100 < 5) waiter.emplace(*bridge, token);
+    if (round % 500 < 5) waiter.emplace(*bridge, token);
     auto task = bridge->submit(hops(3));
     std::latch both(2);
     jthread ender([&, end = endings[static_cast<std::size_t>(round) % endings.size()]] {
@@ -870,7 +894,7 @@ TEST_CASE("hosted: destroyed while another thread ends the bridge", "[race]") {
       end(bridge);
     });
     both.arrive_and_wait();
-    for (int i = 0; i < round % 50; ++i) std::this_thread::yield();
+    for (int i = 0; i < round % 50 * 100; ++i) std::atomic_signal_fence(std::memory_order_seq_cst);  // a moment
     hosted.reset();
     REQUIRE(life.alive == 0);
     waiter.reset();

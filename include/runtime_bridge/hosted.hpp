@@ -18,12 +18,10 @@
 #include <atomic>
 #include <chrono>
 #include <concepts>
-#include <cstddef>
 #include <functional>
 #include <memory>
 #include <new>
 #include <optional>
-#include <string>
 #include <thread>
 #include <type_traits>
 #include <utility>
@@ -32,9 +30,9 @@ namespace runtime_bridge {
 inline namespace v0_1 {
 inline namespace RUNTIME_BRIDGE_FLAVOUR {
 
-/// A bridge, and the line that gives it: for a constructor that cannot have a default argument behind its pack.
+/// A bridge, and where it is given, for diagnosis: no default argument can follow a constructor's pack.
 struct BridgeAt {
-  // Implicit, to note the caller's line. NOLINTNEXTLINE(google-explicit-constructor)
+  // Implicit, to take the caller's line. NOLINTNEXTLINE(google-explicit-constructor)
   BridgeAt(const RuntimeBridge& b, SourceLocation w = SourceLocation::current()) noexcept : bridge(b), where(w) {}
 
   const RuntimeBridge& bridge;
@@ -46,31 +44,32 @@ struct BridgeAt {
 ///     Hosted<pg::Pool> pool(bridge, settings, 8);
 ///     auto found = pool.call([&](pg::Pool& p) { return find(p, name); });
 ///
-/// *Threads.* Any thread may call, and several at the same time. Moving, assigning and destroying are as for any
-/// object: not while another thread uses it. After a move the calls of the old `Hosted` return `WorkerDead`.
-///
-/// *Lifetimes.* The bridge may be destroyed first: calls then return `WorkerDead`, and the object remains until the
-/// `Hosted` is destroyed. Tasks that were submitted and use the object must have ended before that.
+/// Several threads may call at the same time, but not while another one moves, assigns or destroys the `Hosted`. The
+/// bridge may be destroyed first, or the `Hosted` moved from: calls then return `WorkerDead`. Submitted tasks that use
+/// the object must be over before it is destroyed.
 template <class T>
 class Hosted {
  public:
-  /// Makes the object on the worker, as `T(executor, args...)` with the bridge's executor if T can be made like that,
-  /// which is how Asio's I/O objects are made, or else as `T(args...)`. On the worker itself it is made at once. Throws
-  /// what T's constructor throws, and `std::system_error` with a `BridgeError::Kind` if the worker cannot make it.
+  /// Makes the object on the worker; at once if this is the worker. As `T(executor, args...)` with the bridge's
+  /// executor, as Asio's I/O objects are made, or as `T(args...)` if T has no such constructor. Throws what T's
+  /// constructor throws, or a `std::system_error` with a `BridgeError::Kind` if the worker cannot make it.
   template <class... Args>
-  explicit Hosted(BridgeAt at, Args&&... args) : bridge_(at.bridge.share()) {
+  explicit Hosted(BridgeAt at, Args&&... args) : bridge_(at.bridge.share()), hosted_(std::make_shared<State>()) {
     constexpr bool takes_executor = std::is_constructible_v<T, RuntimeBridge::executor_type, Args...>;
-    static_assert(takes_executor || std::is_constructible_v<T, Args...>,
-                  "runtime_bridge: Hosted<T> makes T(executor, args...) or T(args...), and T has no such constructor");
+    constexpr bool takes_none = std::is_constructible_v<T, Args...>;
+    static_assert(takes_executor || takes_none,
+                  "runtime_bridge: T has no constructor T(executor, args...) or T(args...)");
+    hosted_->where = at.where;
     const auto make = [&] {
+      hosted_->worker = std::this_thread::get_id();
       if constexpr (takes_executor) {
-        made_ = std::make_shared<Made>(at.where, bridge_.get_executor(), std::forward<Args>(args)...);
-      } else if constexpr (std::is_constructible_v<T, Args...>) {
-        made_ = std::make_shared<Made>(at.where, std::forward<Args>(args)...);
+        hosted_->object.emplace(bridge_.get_executor(), std::forward<Args>(args)...);
+      } else if constexpr (takes_none) {
+        hosted_->object.emplace(std::forward<Args>(args)...);
       }
     };
     const auto on_worker = [&] { return bridge_.get_executor().running_in_this_thread(); };
-    // Without calls this may be a fork of the worker, or the bridge may have been moved from: a call knows.
+    // Without calls this may be a fork of the worker, or the bridge was moved from: `block_on` knows.
     if (bridge_.stats().admitted == 0 || !on_worker()) {
       const auto result = bridge_.block_on(named("Hosted()", make), {}, at.where);
       if (result.has_value()) return;
@@ -83,36 +82,41 @@ class Hosted {
   Hosted& operator=(Hosted&& other) noexcept {
     Hosted taken(std::move(other));
     std::swap(bridge_, taken.bridge_);
-    std::swap(made_, taken.made_);
+    std::swap(hosted_, taken.hosted_);
     return *this;
   }
 
-  /// Destroys the object on the worker and waits for that, in its turn if the bridge has a `max_in_flight`. On the
-  /// worker it destroys the object at once. If the bridge was shut down, it waits for the calls in flight, as they may
-  /// use the object, and destroys it here once the worker has ended. (So, like the bridge's destructor, it must not run
-  /// then in a task of the bridge that has moved to another executor.)
+  /// Destroys the object on the worker and waits for that, in its turn if the bridge has a `max_in_flight`. If the
+  /// bridge was shut down, waits until the calls in flight are over, which may use the object, and destroys it here; so
+  /// it must not run then in a task of the bridge that has moved to another executor.
   ///
-  /// It does not wait if that would close a ring of bridges, or if the bridge refuses more calls (`WhenFull::refuse`):
-  /// the worker then destroys the object later. In a forked child the object is never destroyed: the parent uses it.
-  /// Without memory it tries again until there is some.
+  /// If waiting would close a ring of bridges, or the bridge refuses the call (`WhenFull::refuse`), the worker destroys
+  /// the object later. A forked child never destroys it. Without memory, tries again until there is some.
   ~Hosted() {
-    if (!made_) return;
-    if (made_->process != getpid()) {
-      Leak* const leak = insist([&] { return new Leak{std::move(bridge_), std::move(made_), nullptr}; });
+    if (!hosted_) return;
+    if (hosted_->process != getpid()) {
+      Leak* const leak = insist([&] { return new Leak{std::move(*this), nullptr}; });
       leak->before = leaks_.exchange(leak);
-    } else if (made_->worker == std::this_thread::get_id() || !destroy_on_worker()) {
-      made_->object.reset();
+      return;
     }
+    // Where this returns with an object, `hosted_` destroys it here.
+    if (hosted_->worker == std::this_thread::get_id()) return;
+    const auto destroy = [this] { hosted_->object.reset(); };
+    const auto result = insist([&] { return bridge_.block_on(named("~Hosted()", destroy), {}, hosted_->where); });
+    if (result.has_value()) return;
+    const bool closed = result.error() != BridgeError::WouldDeadlock && result.error() != BridgeError::Overloaded;
+    // False without calls in flight: some were cut off, but the worker has ended. False with calls: it did not wait.
+    if (closed && (bridge_.shutdown(Shutdown::drain) || bridge_.in_flight() == 0)) return;
+    insist([&] { post(bridge_.get_executor(), [hosted = hosted_] { hosted->object.reset(); }); });
   }
 
-  /// Calls `f(object)` on the worker. The rest is as for `RuntimeBridge::block_on`: what `f` may return, the results,
-  /// and that `f` is borrowed until the call is over. `f` may be `named`. On the worker itself it is `WouldDeadlock`.
+  /// Calls `f(object)` on the worker; the rest is as for `RuntimeBridge::block_on`. `f` may be `named`.
   template <class F>
   [[nodiscard]] auto call(F&& f, Stop stop = {}, SourceLocation where = SourceLocation::current()) const {
     return bridge_.block_on(task<F>(f), std::move(stop), where);
   }
 
-  /// `call` with a deadline, as `RuntimeBridge::block_on_for`.
+  /// `call` with a deadline: see `RuntimeBridge::block_on_for`.
   template <class Rep, class Period, class F>
   [[nodiscard]] auto call_for(std::chrono::duration<Rep, Period> timeout, F&& f, Stop stop = {},
                               SourceLocation where = SourceLocation::current()) const {
@@ -120,35 +124,18 @@ class Hosted {
   }
 
  private:
-  struct Made {
-    template <class... Args>
-    explicit Made(const SourceLocation& w, Args&&... args)
-        : where(w), object(std::in_place, std::forward<Args>(args)...) {}
-
-    const SourceLocation where;
+  struct State {
+    SourceLocation where{};
+    std::thread::id worker{};
     const pid_t process = getpid();
-    const std::thread::id worker = std::this_thread::get_id();
-    std::optional<T> object;
+    std::optional<T> object{};
   };
 
-  /// An object that is never destroyed, nor its bridge, but kept where leak checkers find it.
+  /// Keeps what is never destroyed, where leak checkers find it.
   struct Leak {
-    RuntimeBridge bridge;
-    std::shared_ptr<Made> made;
+    Hosted hosted;
     Leak* before;
   };
-
-  /// False if the worker has ended.
-  bool destroy_on_worker() noexcept {
-    const auto destroy = [made = made_.get()] { made->object.reset(); };
-    const auto result = insist([&] { return bridge_.block_on(named("~Hosted()", destroy), {}, made_->where); });
-    if (result.has_value()) return true;
-    const bool closed = result.error() == BridgeError::WorkerDead || result.error() == BridgeError::ResponseLost;
-    // If it returns false, but no call is in flight, calls were cut off. Else this thread must not wait.
-    if (closed && (bridge_.shutdown(Shutdown::drain) || bridge_.in_flight() == 0)) return false;
-    insist([&] { post(bridge_.get_executor(), [made = made_] { made->object.reset(); }); });
-    return true;
-  }
 
   /// Tries again while there is no memory: a destructor can neither fail nor leave the object behind.
   template <class Function>
@@ -170,16 +157,16 @@ class Hosted {
     } else {
       static_assert(std::invocable<F, T&>,
                     "runtime_bridge: Hosted<T> calls f(object): give a callable that takes a T&");
-      return [made = made_.get(), function = std::addressof(f)]() -> decltype(auto) {
-        if constexpr (std::invocable<F, T&>) return std::invoke(std::forward<F>(*function), *made->object);
+      return [hosted = hosted_.get(), function = std::addressof(f)]() -> decltype(auto) {
+        if constexpr (std::invocable<F, T&>) return std::invoke(std::forward<F>(*function), *hosted->object);
       };
     }
   }
 
-  static inline std::atomic<Leak*> leaks_{nullptr};  // a list
+  static inline std::atomic<Leak*> leaks_{nullptr};
 
   RuntimeBridge bridge_;
-  std::shared_ptr<Made> made_;
+  std::shared_ptr<State> hosted_;
 };
 
 }  // namespace RUNTIME_BRIDGE_FLAVOUR
