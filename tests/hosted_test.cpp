@@ -148,10 +148,16 @@ TEST_CASE("hosted: the executor is given to what takes one first") {
     explicit TakesNone(int n = 1) : number(n) {}
     int number;
   };
+  struct Prefers {
+    Prefers() = default;
+    explicit Prefers(const Executor&) : has_executor(true) {}
+    bool has_executor = false;
+  };
   const Hosted<Takes> without(bridge);
   const Hosted<Takes> with(bridge, 7);
   CHECK(without.call([&](Takes& takes) { return takes.executor == bridge.get_executor(); }) == true);
   CHECK(with.call([](Takes& takes) { return takes.number; }) == 7);
+  CHECK(Hosted<Prefers>(bridge).call([](Prefers& prefers) { return prefers.has_executor; }) == true);
   CHECK(Hosted<TakesNone>(bridge).call([](TakesNone& none) { return none.number; }) == 1);
   CHECK(Hosted<TakesNone>(bridge, 2).call([](TakesNone& none) { return none.number; }) == 2);
 }

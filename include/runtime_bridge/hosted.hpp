@@ -17,7 +17,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <concepts>
 #include <functional>
 #include <memory>
 #include <new>
@@ -152,13 +151,13 @@ class Hosted {
   /// The task that calls `f`, as an rvalue if it was given as one.
   template <class F>
   auto task(std::remove_reference_t<F>& f) const {
-    if constexpr (!std::invocable<F, T&> && requires { named(f.name, f.task); }) {
+    constexpr bool callable = std::is_invocable_v<F, T&>;
+    if constexpr (!callable && requires { named(f.name, f.task); }) {
       return named(std::forward<F>(f).name, task<decltype((std::forward<F>(f).task))>(f.task));
     } else {
-      static_assert(std::invocable<F, T&>,
-                    "runtime_bridge: Hosted<T> calls f(object): give a callable that takes a T&");
+      static_assert(callable, "runtime_bridge: Hosted<T> calls f(object): give a callable that takes a T&");
       return [hosted = hosted_.get(), function = std::addressof(f)]() -> decltype(auto) {
-        if constexpr (std::invocable<F, T&>) return std::invoke(std::forward<F>(*function), *hosted->object);
+        if constexpr (callable) return std::invoke(std::forward<F>(*function), *hosted->object);
       };
     }
   }

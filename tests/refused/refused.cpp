@@ -6,6 +6,7 @@
 #include <coroutine>
 #include <memory>
 #include <mutex>
+#include <runtime_bridge/hosted.hpp>
 #include <utility>
 
 #include "../asio.hpp"
@@ -67,6 +68,15 @@ int main() {
 #elif CASE == 13
   auto result = bridge.block_on([] { return std::make_unique<int>(1); });
   (void)unwrap(result);
+#elif CASE == 14
+  const runtime_bridge::Hosted<std::mutex> hosted(bridge, 1);
+#elif CASE == 15
+  const runtime_bridge::Hosted<std::mutex> hosted(bridge);
+  (void)hosted.call([](int& m) { return m; });
+#elif CASE == 16
+  const runtime_bridge::Hosted<std::mutex> hosted(bridge);
+  (void)hosted.call_for(std::chrono::seconds(1), runtime_bridge::named(
+                                                     "mutex", [](auto& m) -> auto& { return m; }));
 #else
 #error "no such case"
 #endif
