@@ -10,13 +10,17 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <runtime_bridge/hosted.hpp>
 #include <string>
 #include <utility>
 
 #include "support.hpp"
 
+using runtime_bridge::Hosted;
+using runtime_bridge::named;
 using runtime_bridge::poll_every;
 using runtime_bridge::Shutdown;
+using runtime_bridge::WhenFull;
 
 namespace {
 
@@ -697,6 +701,123 @@ TEST_CASE("allocation: a bridge that is destroyed by its own task") {
     scene.attempt(last_owner);
     await_state([] { return Part::alive == 0; });
   });
+}
+
+namespace {
+
+/// An object that allocates.
+struct Guest {
+  explicit Guest(const Part& p) : part(p) {}
+  Part part;
+  std::unique_ptr<int> number = std::make_unique<int>(6);
+};
+
+/// Makes a hosted object, or none if there is no memory.
+std::optional<Hosted<Guest>> host(Scene& scene, const RuntimeBridge& bridge, const Part& part) {
+  std::optional<Hosted<Guest>> hosted;
+  const long alive = Part::alive;
+  const long hit = shortage.hit;
+  try {
+    hosted.emplace(bridge, part);
+  } catch (const std::bad_alloc&) {
+    ++told;
+  }
+  shortage.end_step();
+  scene.expect(hosted.has_value() == (shortage.hit == hit), "the constructor does not tell what happened");
+  scene.expect(Part::alive == alive + (hosted ? 1 : 0), "an object without its owner");
+  return hosted;
+}
+
+/// Destroys it. That tries again while there is no memory, so a shortage that lasts ends here.
+void evict(Scene& scene, std::optional<Hosted<Guest>>& hosted, long alive) {
+  std::atomic<bool> done{false};
+  std::thread relief;
+  Scene::calmly([&] {
+    relief = std::thread([&] {
+      await_state([&] { return shortage.hit != 0 || done; });
+      shortage.end();
+    });
+  });
+  const long failed = failed_here;
+  hosted.reset();
+  told += failed_here - failed;
+  done = true;
+  relief.join();
+  await_state([&] { return Part::alive == alive; });
+  scene.expect(Part::alive == alive, "the object was not destroyed");
+}
+
+}  // namespace
+
+TEST_CASE("allocation: a hosted object is made or not, and is destroyed in any case") {
+  SECTION("and is called") {
+    sweep(12, [](Scene& scene) {
+      std::optional<RuntimeBridge> bridge;
+      if (!scene.attempt([&] { bridge.emplace(options()); })) return;
+      const auto& b = *bridge;
+      const Part part;
+      const long alive = Part::alive;
+      auto hosted = host(scene, b, part);
+      if (hosted) {
+        scene.call(b, gives(6), [&] { return hosted->call([part](Guest& g) { return ++tasks_begun, *g.number; }); });
+        scene.call(b, gives(9), [&] { return hosted->call([part](Guest&) { return nap<Plain>(part); }); });
+        const auto named_call = [&] {
+          return hosted->call_for(
+              1h, named("a name that is not a short one", [part](Guest& g) { return ++tasks_begun, *g.number; }));
+        };
+        scene.call(b, gives(6), named_call);
+      }
+      evict(scene, hosted, alive);
+      scene.works(b);
+    });
+  }
+  SECTION("on the worker") {
+    sweep(5, [](Scene& scene) {
+      std::optional<RuntimeBridge> bridge;
+      if (!scene.attempt([&] { bridge.emplace(options()); })) return;
+      const Part part;
+      scene.call(*bridge, gives(6), [&] {
+        return bridge->block_on([&, part] {
+          const Hosted<Guest> hosted(*bridge, part);
+          return 6;
+        });
+      });
+      scene.works(*bridge);
+    });
+  }
+  SECTION("after a shutdown") {
+    sweep(5, [](Scene& scene) {
+      std::optional<RuntimeBridge> bridge;
+      if (!scene.attempt([&] { bridge.emplace(options()); })) return;
+      const Part part;
+      const long alive = Part::alive;
+      auto hosted = host(scene, *bridge, part);
+      bridge->shutdown(Shutdown::drain);
+      evict(scene, hosted, alive);
+    });
+  }
+  SECTION("later, by a bridge that refuses more calls") {
+    sweep(5, [](Scene& scene) {
+      std::optional<RuntimeBridge> bridge;
+      Options limited = options();
+      limited.max_in_flight = 1;
+      limited.when_full = WhenFull::refuse;
+      if (!scene.attempt([&] { bridge.emplace(std::move(limited)); })) return;
+      const Part part;
+      const long alive = Part::alive;
+      auto hosted = host(scene, *bridge, part);
+      JoinHandle<int> parked;
+      Scene::calmly([&] {
+        tasks_begun = 0;
+        parked = bridge->submit(park(part));
+        await_state([] { return tasks_begun == 1; });
+      });
+      evict(scene, hosted, alive + 1);
+      shortage.end();
+      parked.request_stop();
+      scene.expect(gives(BridgeError::Cancelled)(parked.join()), "the task was not cancelled");
+    });
+  }
 }
 
 TEST_CASE("allocation: each of many concurrent callers gets its answer", "[race]") {

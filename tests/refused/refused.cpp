@@ -6,6 +6,7 @@
 #include <coroutine>
 #include <memory>
 #include <mutex>
+#include <runtime_bridge/hosted.hpp>
 #include <utility>
 
 #include "../asio.hpp"
@@ -71,6 +72,15 @@ int main() {
   (void)unwrap(result);
 #elif CASE == 14
   bridge.submit([] { return 1; }, [](runtime_bridge::Result<std::unique_ptr<int>>) {});
+#elif CASE == 17
+  const runtime_bridge::Hosted<std::mutex> hosted(bridge, 1);
+#elif CASE == 15
+  const runtime_bridge::Hosted<std::mutex> hosted(bridge);
+  (void)hosted.call([](int& m) { return m; });
+#elif CASE == 16
+  const runtime_bridge::Hosted<std::mutex> hosted(bridge);
+  (void)hosted.call_for(std::chrono::seconds(1), runtime_bridge::named(
+                                                     "mutex", [](auto& m) -> auto& { return m; }));
 #else
 #error "no such case"
 #endif
