@@ -11,6 +11,7 @@
 #include <new>
 #include <optional>
 #include <runtime_bridge/hosted.hpp>
+#include <runtime_bridge/range.hpp>
 #include <string>
 #include <utility>
 
@@ -856,4 +857,53 @@ TEST_CASE("allocation: each of many concurrent callers gets its answer", "[race]
     scene.expect(bridge->in_flight() == 0, "a call is still in flight");
     scene.works(*bridge);
   });
+}
+
+TEST_CASE("allocation: a loop over a range throws std::bad_alloc, wherever it runs out of memory") {
+  const auto next = [](int& n, bool parks) -> asio::awaitable<std::optional<int>, Plain> {
+    const int item = n++;
+    if (item == 3 && parks) {
+      auto parked = park(Part());
+      co_await std::move(parked);
+    }
+    std::optional<int> result;
+    if (item < 3) result = item;
+    co_return result;
+  };
+  const auto scenario = [next](Scene& scene, std::size_t ahead, bool parks) {
+    std::optional<RuntimeBridge> bridge;
+    if (!scene.attempt([&] { bridge.emplace(options()); })) return;
+    const long alive = Part::alive;
+    const long hit = shortage.hit;
+    int n = 0;
+    int seen = 0;
+    tasks_begun = 0;
+    try {
+      const auto fetch = [&n, next, parks, part = Part()] { return next(n, parks); };
+      for (const int item : runtime_bridge::range(*bridge, fetch, runtime_bridge::prefetch(ahead))) {
+        scene.expect(item == seen++, "a wrong item");
+        if (parks && item == 2) {
+          await_state([&] { return tasks_begun == 1 || bridge->in_flight() == 0; });
+          break;
+        }
+      }
+      scene.expect(seen == 3, "items are missing");
+      if (parks) scene.not_told();  // a fetch that the loop did not get to may have failed
+    } catch (const std::bad_alloc&) {
+      scene.expect(shortage.hit != hit, "std::bad_alloc out of nowhere");
+      ++told;
+    } catch (const std::system_error& e) {
+      // The exception went through Asio and did not reach the coroutine.
+      scene.expect(initiations_may_fail && e.code() == BridgeError::ResponseLost && shortage.hit != hit,
+                   "another error than std::bad_alloc");
+    }
+    shortage.end_step();
+    scene.expect(bridge->in_flight() == 0, "a fetch is still in flight");
+    scene.expect(Part::alive == alive, "something of a fetch outlives the range");
+    scene.works(*bridge);
+  };
+  for (const std::size_t ahead : {0, 1, 2}) {
+    sweep(20, [&](Scene& scene) { scenario(scene, ahead, false); });
+    if (ahead != 0) sweep(20, [&](Scene& scene) { scenario(scene, ahead, true); });
+  }
 }

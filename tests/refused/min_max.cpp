@@ -8,6 +8,7 @@
 #include <boost/asio/detail/signal_set_service.hpp>
 #include <boost/asio/experimental/channel.hpp>
 #include <boost/asio/experimental/concurrent_channel.hpp>
+namespace asio = boost::asio;
 #else
 #include <asio.hpp>
 #include <asio/detail/signal_set_service.hpp>
@@ -23,6 +24,7 @@
 #include <condition_variable>
 #include <functional>
 #include <future>
+#include <iterator>
 #include <list>
 #include <memory>
 #include <mutex>
@@ -43,6 +45,9 @@
 #define max(a, b) ((a) > (b) ? (a) : (b))
 
 #include <runtime_bridge.hpp>
+#include <runtime_bridge/range.hpp>
+
+asio::awaitable<std::optional<int>> next();
 
 int main() {
   const runtime_bridge::RuntimeBridge bridge;
@@ -50,5 +55,6 @@ int main() {
   auto handle = bridge.submit([] { return 1; });
   (void)handle.wait_for(std::chrono::hours(1));
   (void)handle.join();
+  for (const int item : runtime_bridge::range(bridge, next, runtime_bridge::prefetch(1))) (void)item;
   (void)bridge.shutdown(runtime_bridge::Shutdown::drain);
 }
