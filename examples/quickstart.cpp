@@ -4,6 +4,7 @@
 // and the service that you already have; `RemoteStore` is the part that uses runtime_bridge.
 
 #include <runtime_bridge.hpp>
+#include <runtime_bridge/hosted.hpp>
 
 #include <asio/any_io_executor.hpp>
 #include <asio/awaitable.hpp>
@@ -45,7 +46,7 @@ class Client {
   Client(asio::any_io_executor executor, tcp::endpoint server)
       : executor_(std::move(executor)), server_(std::move(server)) {}
 
-  // The views may refer to locals of a thread that waits in block_on, since no task outlives its call.
+  // The views may refer to locals of a thread that waits for the call, since no task outlives its call.
   asio::awaitable<void> put(std::string_view key, std::string_view value) {
     co_await exchange(kv::Kind::put, key, value);
   }
@@ -55,8 +56,6 @@ class Client {
     if (reply.kind == kv::Kind::not_found) throw std::out_of_range("no such key: " + std::string(key));
     co_return std::move(reply.value);
   }
-
-  void close() { idle_.clear(); }
 
  private:
   // Calls from different threads run this concurrently, each with its own connection.
@@ -113,25 +112,22 @@ class KeyValueStore {
 /// Implements it with an asynchronous client, whose functions are Asio coroutines.
 class RemoteStore final : public KeyValueStore {
  public:
-  explicit RemoteStore(const tcp::endpoint& server) : client_(bridge_.get_executor(), server) {}
-  ~RemoteStore() override {
-    (void)bridge_.block_on([&] { client_.close(); });
-  }
+  explicit RemoteStore(const tcp::endpoint& server) : client_(bridge_, server) {}
 
-  // The task runs on the bridge's worker and has ended when block_on returns, so it may refer to the caller's locals.
+  // The task runs on the bridge's worker and has ended when call returns, so it may refer to the caller's locals.
   void put(std::string_view key, std::string_view value) override {
-    runtime_bridge::unwrap(bridge_.block_on([&] { return client_.put(key, value); }));
+    runtime_bridge::unwrap(client_.call([&](Client& client) { return client.put(key, value); }));
   }
 
   // If the task throws, this call returns an error, and other calls go on. unwrap rethrows the exception.
   runtime_bridge::Result<std::string> try_get(std::string_view key) {
-    return bridge_.block_on([&] { return client_.get(key); });
+    return client_.call([&](Client& client) { return client.get(key); });
   }
   std::string get(std::string_view key) override { return runtime_bridge::unwrap(try_get(key)); }
 
  private:
-  runtime_bridge::RuntimeBridge bridge_;  // owns one worker thread, which runs an io_context
-  Client client_;                         // declared last: its sockets must be destroyed before the bridge
+  runtime_bridge::RuntimeBridge bridge_;   // owns one worker thread, which runs an io_context
+  runtime_bridge::Hosted<Client> client_;  // made on the worker, used there and destroyed there
 };
 
 void look_up(RemoteStore& store, std::string_view key) {

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Checks that the README's first C++ block equals the marked part of examples/quickstart.cpp, and that every other block is
-# in readme_test.cpp, in two_callers.cpp or in a support header of the backends, apart from indentation.
+# in one of the files below, apart from indentation.
 
 file(READ ${REPOSITORY}/README.md readme)
 file(READ ${REPOSITORY}/examples/quickstart.cpp example)
 set(tests "")
-foreach(file tests/readme_test.cpp tests/consumers/separate_compilation.cpp examples/two_callers.cpp
+foreach(file tests/readme_test.cpp tests/consumers/separate_compilation.cpp examples/interrupt.cpp
+    examples/two_callers.cpp
     examples/support/backends.hpp examples/support/pg_backend.hpp examples/support/shared_client.hpp)
   file(READ ${REPOSITORY}/${file} text)
   string(APPEND tests "${text}")

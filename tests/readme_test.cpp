@@ -3,11 +3,15 @@
 // Compiles and runs the README's examples, except the first. readme_test.cmake checks that each code block of the
 // README is in a file that is compiled, such as this one.
 
+#include <runtime_bridge/hosted.hpp>
+#include <runtime_bridge/range.hpp>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <functional>
 #include <iostream>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -204,6 +208,43 @@ TEST_CASE("readme: a function for the end") {
 
   bridge.shutdown(Shutdown::drain);
   CHECK(shown == 1);
+}
+
+TEST_CASE("readme: a hosted object") {
+  RuntimeBridge bridge;
+  const std::string key = "slow";
+
+  Hosted<Client> client(bridge);
+  auto value = client.call_for(std::chrono::milliseconds(200), [&](Client& c) { return c.get(key); });
+
+  CHECK(value.error() == BridgeError::TimedOut);
+}
+
+namespace {
+
+struct Listing {
+  awaitable<std::optional<std::string>> next() {
+    if (left.empty()) co_return std::nullopt;
+    std::string name = left.substr(0, 1);
+    left.erase(0, 1);
+    co_return name;
+  }
+  std::string left = "abc";
+};
+
+}  // namespace
+
+TEST_CASE("readme: a loop") {
+  RuntimeBridge bridge;
+  Listing listing;
+  std::string names;
+
+  const auto next = [&]() -> awaitable<std::optional<std::string>> { return listing.next(); };
+  for (const std::string& name : range(bridge, next, prefetch(1))) {
+    names += name;
+  }
+
+  CHECK(names == "abc");
 }
 
 TEST_CASE("readme: fan-out") {
