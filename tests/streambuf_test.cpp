@@ -35,21 +35,33 @@ std::atomic<std::size_t> allocated{0}, most_allocated{0};  // bytes
 
 }  // namespace
 
-// They count. All other forms call these.
-[[gnu::noinline]] void* operator new(std::size_t size) {
+// They count. AddressSanitizer has all forms of its own, so all that are used are replaced. (Those for over-aligned
+// types are not.)
+[[gnu::noinline]] void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
   void* p = std::malloc(size);
-  if (!p) throw std::bad_alloc();
   const std::size_t now = allocated += malloc_usable_size(p);
   std::size_t most = most_allocated;
   while (most < now && !most_allocated.compare_exchange_weak(most, now)) {
   }
   return p;
 }
+[[gnu::noinline]] void* operator new(std::size_t size) {
+  if (void* p = operator new(size, std::nothrow)) return p;
+  throw std::bad_alloc();
+}
+[[gnu::noinline]] void* operator new[](std::size_t size) { return operator new(size); }
+[[gnu::noinline]] void* operator new[](std::size_t size, const std::nothrow_t&) noexcept {
+  return operator new(size, std::nothrow);
+}
 [[gnu::noinline]] void operator delete(void* p) noexcept {
   allocated -= malloc_usable_size(p);
   std::free(p);
 }
 [[gnu::noinline]] void operator delete(void* p, std::size_t) noexcept { operator delete(p); }
+[[gnu::noinline]] void operator delete(void* p, const std::nothrow_t&) noexcept { operator delete(p); }
+[[gnu::noinline]] void operator delete[](void* p) noexcept { operator delete(p); }
+[[gnu::noinline]] void operator delete[](void* p, std::size_t) noexcept { operator delete(p); }
+[[gnu::noinline]] void operator delete[](void* p, const std::nothrow_t&) noexcept { operator delete(p); }
 
 namespace {
 
@@ -177,9 +189,9 @@ TEST_CASE("istream: lines, words and characters") {
 TEST_CASE("istream: every byte, whatever the sizes of the pieces, the buffer and the reads") {
   RuntimeBridge bridge;
   const std::string text = pattern(3000);
-  for (const std::size_t piece : {1, 7, 100, 3000}) {
-    for (const std::size_t buffer : {0, 1, 8, 100, 5000}) {
-      for (const std::size_t size : {1, 8, 99, 2000, 4000}) {
+  for (const std::size_t piece : {1U, 7U, 100U, 3000U}) {
+    for (const std::size_t buffer : {0U, 1U, 8U, 100U, 5000U}) {
+      for (const std::size_t size : {1U, 8U, 99U, 2000U, 4000U}) {
         std::vector<std::string> pieces;
         for (std::size_t at = 0; at < text.size(); at += piece) pieces.push_back(text.substr(at, piece));
         Pieces source(pieces);
@@ -327,7 +339,7 @@ TEST_CASE("istream: bytes before an error are delivered, and badbit is set after
 
 TEST_CASE("istream: what a failed read() had read comes again") {
   RuntimeBridge bridge;
-  for (const std::size_t buffer : {1, 4, 8, 100}) {
+  for (const std::size_t buffer : {1U, 4U, 8U, 100U}) {
     CAPTURE(buffer);
     std::string text;
     bool cut = true;
@@ -492,9 +504,9 @@ TEST_CASE("ostream: what is written arrives in order, when the buffer is full, a
 TEST_CASE("ostream: every byte, whatever the sizes of the pieces, the buffer and the writes") {
   RuntimeBridge bridge;
   const std::string text = pattern(3000);
-  for (const std::size_t most : {1, 7, 100, 3000}) {
-    for (const std::size_t buffer : {0, 1, 8, 100, 5000}) {
-      for (const std::size_t size : {1, 8, 99, 2000, 4000}) {
+  for (const std::size_t most : {1U, 7U, 100U, 3000U}) {
+    for (const std::size_t buffer : {0U, 1U, 8U, 100U, 5000U}) {
+      for (const std::size_t size : {1U, 8U, 99U, 2000U, 4000U}) {
         CAPTURE(most, buffer, size);
         Sink sink(most);
         {

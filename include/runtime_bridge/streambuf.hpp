@@ -18,10 +18,8 @@
 
 #include <algorithm>
 #include <chrono>
-#include <climits>
 #include <concepts>
 #include <cstddef>
-#include <cstring>
 #include <exception>
 #include <functional>
 #include <istream>
@@ -29,6 +27,7 @@
 #include <ostream>
 #include <stdexcept>
 #include <streambuf>
+#include <string>
 #include <system_error>
 #include <type_traits>
 #include <utility>
@@ -46,34 +45,27 @@ namespace net = asio;
 using AsioError = std::system_error;
 #endif
 
-/// What both kinds of stream have: a function of a piece of memory, and a buffer.
+using Traits = std::char_traits<char>;
+
+/// A stream's function, and how it is called. What a call throws is in `error`, too.
 template <class Function, class Piece>
-class Buffer : public std::streambuf {
- public:
-  // The limit is that of `pbump`.
-  Buffer(const RuntimeBridge& bridge, Function&& function, auto timeout, std::size_t size, SourceLocation where)
-      : room_(std::clamp<std::size_t>(size, 1, INT_MAX)),
-        bridge_(bridge.share()),
-        function_(std::move(function)),
-        timeout_(timeout),
-        where_(where) {}
-
-  std::optional<BridgeError> error{};  // what `call` has thrown
-
- protected:
-  /// Calls the function, and returns the number of bytes that it gives: all if it returns void.
-  std::size_t call(Piece piece, std::size_t least) {
+struct Caller {
+  /// Returns the number of bytes that the function gives: all, if it returns void.
+  std::size_t operator()(Piece piece, std::size_t least = 0) {
+    static_assert(std::invocable<Function&, Piece>,
+                  "runtime_bridge: a stream reads by a function of asio::mutable_buffer, and writes by one of "
+                  "asio::const_buffer");
+    const auto task = [&] { return std::invoke(function, piece); };
     error.reset();
     try {
-      static_assert(std::invocable<Function&, Piece>,
-                    "runtime_bridge: a stream's function takes an asio::mutable_buffer to read, or an "
-                    "asio::const_buffer to write");
-      const auto task = [&] { return std::invoke(function_, piece); };
-      auto result = bridge_.block_on_for(task, timeout_, {}, where_);
+      auto result = bridge.block_on_for(task, timeout, {}, where);
+      using Value = typename decltype(result)::value_type;
+      constexpr bool writes_all = std::is_void_v<Value> && std::is_same_v<Piece, net::const_buffer>;
+      static_assert(std::convertible_to<Value, std::size_t> || writes_all,
+                    "runtime_bridge: a stream's function returns the number of bytes; one that writes may return void");
       if (!result.has_value()) error = result.error();
       std::size_t size = piece.size();
-      if constexpr (std::is_void_v<typename decltype(result)::value_type>) {
-        static_assert(std::is_same_v<Piece, net::const_buffer>, "runtime_bridge: a read gives the number of bytes");
+      if constexpr (writes_all) {
         unwrap(result);
       } else {
         size = static_cast<std::size_t>(unwrap(std::move(result)));
@@ -87,66 +79,61 @@ class Buffer : public std::streambuf {
     }
   }
 
-  std::vector<char> room_;
-
- private:
-  RuntimeBridge bridge_;
-  Function function_;
-  std::chrono::duration<long double, std::nano> timeout_;  // holds any duration without overflow
-  SourceLocation where_;
+  RuntimeBridge bridge;
+  Function function;
+  std::chrono::duration<long double, std::nano> timeout;  // holds any duration without overflow
+  SourceLocation where;
+  std::optional<BridgeError> error{};
 };
 
 template <class Read>
-class ReadBuffer final : public Buffer<Read, net::mutable_buffer> {
+class ReadBuffer final : public std::streambuf {
  public:
-  using Buffer<Read, net::mutable_buffer>::Buffer;
+  using Call = Caller<Read, net::mutable_buffer>;
+
+  ReadBuffer(Call the_call, std::size_t size) : call(std::move(the_call)), room_(size) {}
+
+  Call call;
 
  private:
-  using Traits = std::char_traits<char>;
-
-  std::size_t read(char* to, std::size_t size) {
+  std::size_t read(char* to, std::streamsize size) {
+    setg(nullptr, nullptr, nullptr);  // `unget` must not find bytes that are older than the last ones
     try {
-      return this->call({to, size}, 0);
+      return call({to, static_cast<std::size_t>(size)});
     } catch (const AsioError& e) {
       if (e.code() != net::error::eof) throw;
-      this->error.reset();
+      call.error.reset();
       return 0;
     }
   }
 
   /// These bytes come next.
-  void show(std::vector<char>& bytes, std::size_t size) { this->setg(bytes.data(), bytes.data(), bytes.data() + size); }
-
-  /// `unget` would go back to bytes that are not the last ones any more.
-  void forget() { this->setg(nullptr, nullptr, nullptr); }
+  void show(std::vector<char>& bytes, std::size_t size) { setg(bytes.data(), bytes.data(), bytes.data() + size); }
 
   int underflow() override {
-    forget();
     std::vector<char>().swap(unread_);
-    show(this->room_, read(this->room_.data(), this->room_.size()));
-    return this->gptr() == this->egptr() ? Traits::eof() : Traits::to_int_type(*this->gptr());
+    show(room_, read(room_.data(), std::ssize(room_)));
+    return gptr() == egptr() ? Traits::eof() : Traits::to_int_type(*gptr());
   }
 
-  /// What does not fit into the buffer goes to its destination without a copy.
   std::streamsize xsgetn(char* to, std::streamsize count) override {
     std::streamsize got = 0;
     try {
       while (got < count) {
-        std::streamsize size = std::min<std::streamsize>(this->egptr() - this->gptr(), count - got);
+        std::streamsize size = std::min<std::streamsize>(egptr() - gptr(), count - got);
         if (size != 0) {
-          std::memcpy(to + got, this->gptr(), static_cast<std::size_t>(size));
-          this->setg(this->eback(), this->gptr() + size, this->egptr());
-        } else if (count - got < std::ssize(this->room_)) {
+          Traits::copy(to + got, gptr(), static_cast<std::size_t>(size));
+          setg(eback(), gptr() + size, egptr());
+        } else if (count - got < std::ssize(room_)) {
           if (underflow() == Traits::eof()) break;
         } else {
-          forget();
-          size = static_cast<std::streamsize>(read(to + got, static_cast<std::size_t>(count - got)));
+          size = static_cast<std::streamsize>(read(to + got, count - got));
           if (size == 0) break;
         }
         got += size;
       }
     } catch (...) {
-      // std::istream will count nothing, so these bytes come again.
+      // std::istream::read counts nothing now, so these bytes come again.
       unread_.assign(to, to + got);
       show(unread_, unread_.size());
       throw;
@@ -154,13 +141,16 @@ class ReadBuffer final : public Buffer<Read, net::mutable_buffer> {
     return got;
   }
 
+  std::vector<char> room_;
   std::vector<char> unread_;  // what a failed xsgetn had read
 };
 
 template <class Write>
-class WriteBuffer final : public Buffer<Write, net::const_buffer> {
+class WriteBuffer final : public std::streambuf {
  public:
-  using Buffer<Write, net::const_buffer>::Buffer;
+  using Call = Caller<Write, net::const_buffer>;
+
+  WriteBuffer(Call the_call, std::size_t size) : call(std::move(the_call)), room_(size) {}
   ~WriteBuffer() override {
     try {
       sync();
@@ -168,44 +158,44 @@ class WriteBuffer final : public Buffer<Write, net::const_buffer> {
     }
   }
 
- private:
-  using Traits = std::char_traits<char>;
+  Call call;
 
-  /// Whatever this throws, it throws again from then on: how much was written is not known.
-  void send(const char* bytes, std::size_t size) {
+ private:
+  /// After an error it throws the same error again, and writes nothing.
+  void send(const char* bytes, std::streamsize count) {
     if (broken_) std::rethrow_exception(broken_);
     try {
-      while (size != 0) {
-        const std::size_t written = this->call({bytes, size}, 1);
+      for (auto size = static_cast<std::size_t>(count); size != 0;) {
+        const std::size_t written = call({bytes, size}, 1);
         bytes += written;
         size -= written;
       }
     } catch (...) {
       broken_ = std::current_exception();
-      this->setp(nullptr, nullptr);  // so that every write comes here
+      setp(nullptr, nullptr);  // all output must come here
       throw;
     }
   }
 
   int sync() override {
-    send(this->pbase(), static_cast<std::size_t>(this->pptr() - this->pbase()));
-    this->setp(this->room_.data(), this->room_.data() + this->room_.size());
+    send(pbase(), pptr() - pbase());
+    setp(room_.data(), room_.data() + room_.size());
     return 0;
   }
 
   int overflow(int c) override {
     sync();
-    return Traits::eq_int_type(c, Traits::eof()) ? Traits::not_eof(c) : this->sputc(Traits::to_char_type(c));
+    return Traits::eq_int_type(c, Traits::eof()) ? Traits::not_eof(c) : sputc(Traits::to_char_type(c));
   }
 
-  /// What does not fit into the buffer is written from its place without a copy.
   std::streamsize xsputn(const char* from, std::streamsize count) override {
-    if (count < std::ssize(this->room_)) return std::streambuf::xsputn(from, count);
+    if (count < std::ssize(room_)) return std::streambuf::xsputn(from, count);
     sync();
-    send(from, static_cast<std::size_t>(count));
+    send(from, count);
     return count;
   }
 
+  std::vector<char> room_;
   std::exception_ptr broken_;
 };
 
@@ -217,12 +207,13 @@ class Stream : public Base {
   Stream(const RuntimeBridge& bridge, Function function,
          std::chrono::duration<Rep, Period> timeout = (std::chrono::hours::max)(),
          std::size_t buffer_size = 64 * std::size_t{1024}, SourceLocation where = SourceLocation::current())
-      : Base(nullptr), buffer_(bridge, std::move(function), timeout, buffer_size, where) {
+      : Base(nullptr),
+        buffer_({bridge.share(), std::move(function), timeout, where}, std::max<std::size_t>(buffer_size, 1)) {
     this->rdbuf(&buffer_);
   }
 
   /// Why the last call of the function failed; empty if it did not.
-  [[nodiscard]] const std::optional<BridgeError>& error() const noexcept { return buffer_.error; }
+  [[nodiscard]] const std::optional<BridgeError>& error() const noexcept { return buffer_.call.error; }
 
  private:
   Buffer buffer_;
