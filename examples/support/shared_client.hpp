@@ -70,6 +70,15 @@ class SharedClient {
   }
   // [/readme]
 
+  /// Starts `function(client)` and does not wait. The task must own its data.
+  template <class Function>
+  auto submit(Function function) const {
+    return shared_->bridge.submit(
+        [shared = shared_, function = std::move(function)] { return outcome_of(function(shared->client), describe); });
+  }
+  [[nodiscard]] const runtime_bridge::RuntimeBridge& bridge() const { return shared_->bridge; }
+  [[nodiscard]] std::chrono::milliseconds timeout() const { return timeout_; }
+
   /// For the calls of this copy.
   void set_timeout(std::chrono::milliseconds timeout) { timeout_ = timeout; }
 

@@ -45,7 +45,9 @@ namespace asio = boost::asio;
 #define max(a, b) ((a) > (b) ? (a) : (b))
 
 #include <runtime_bridge.hpp>
+#include <runtime_bridge/hosted.hpp>
 #include <runtime_bridge/range.hpp>
+#include <runtime_bridge/streambuf.hpp>
 
 asio::awaitable<std::optional<int>> next();
 
@@ -55,6 +57,11 @@ int main() {
   auto handle = bridge.submit([] { return 1; });
   (void)handle.wait_for(std::chrono::hours(1));
   (void)handle.join();
+  const runtime_bridge::Hosted<int> hosted(bridge, 1);
+  (void)hosted.call_for(std::chrono::hours(1), [](int& i) { return i; });
   for (const int item : runtime_bridge::range(bridge, next, runtime_bridge::prefetch(1))) (void)item;
+  runtime_bridge::istream in(
+      bridge, [](auto buffer) { return buffer.size(); }, std::chrono::hours(1));
+  runtime_bridge::ostream(bridge, [](auto) {}) << in.get();
   (void)bridge.shutdown(runtime_bridge::Shutdown::drain);
 }
