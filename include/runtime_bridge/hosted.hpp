@@ -25,9 +25,7 @@
 #include <type_traits>
 #include <utility>
 
-namespace runtime_bridge {
-inline namespace v0_1 {
-inline namespace RUNTIME_BRIDGE_FLAVOUR {
+namespace runtime_bridge::inline v0_1::inline RUNTIME_BRIDGE_FLAVOUR {
 
 /// A bridge, and where it is given, for diagnosis: no default argument can follow a constructor's pack.
 struct BridgeAt {
@@ -45,7 +43,9 @@ struct BridgeAt {
 ///
 /// Several threads may call at the same time, but not while another one moves, assigns or destroys the `Hosted`. The
 /// bridge may be destroyed first, or the `Hosted` moved from: calls then return `WorkerDead`. Submitted tasks that use
-/// the object must be over before it is destroyed.
+/// the object must be over before it is destroyed. Raw handlers and coroutines on the bridge's executor that are no
+/// tasks must not own a `Hosted`: those that the worker leaves behind at its end would keep the bridge's inside, and be
+/// kept.
 template <class T>
 class Hosted {
  public:
@@ -168,8 +168,6 @@ class Hosted {
   std::shared_ptr<State> hosted_;
 };
 
-}  // namespace RUNTIME_BRIDGE_FLAVOUR
-}  // namespace v0_1
-}  // namespace runtime_bridge
+}  // namespace runtime_bridge::inline v0_1::inline RUNTIME_BRIDGE_FLAVOUR
 
 #endif  // RUNTIME_BRIDGE_HOSTED_HPP
