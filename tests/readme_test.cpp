@@ -5,6 +5,7 @@
 
 #include <runtime_bridge/hosted.hpp>
 #include <runtime_bridge/range.hpp>
+#include <runtime_bridge/streambuf.hpp>
 
 #include <algorithm>
 #include <atomic>
@@ -245,6 +246,24 @@ TEST_CASE("readme: a loop") {
   }
 
   CHECK(names == "abc");
+}
+
+TEST_CASE("readme: a stream") {
+  RuntimeBridge bridge;
+  asio::local::stream_protocol::socket socket(bridge.get_executor()), other(bridge.get_executor());
+  asio::local::connect_pair(socket, other);
+  asio::write(other, asio::buffer("a line\nand more", 15));
+
+  // clang-format off
+  runtime_bridge::istream input(bridge, [&](asio::mutable_buffer buffer) {
+    return socket.async_read_some(buffer, asio::deferred);
+  }, std::chrono::seconds(5));
+  std::string line;
+  std::getline(input, line);
+  // clang-format on
+
+  CHECK(line == "a line");
+  CHECK_FALSE(input.error());
 }
 
 TEST_CASE("readme: fan-out") {
