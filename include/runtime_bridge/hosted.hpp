@@ -25,7 +25,9 @@
 #include <type_traits>
 #include <utility>
 
-namespace runtime_bridge::inline v0_1::inline RUNTIME_BRIDGE_FLAVOUR {
+namespace runtime_bridge {
+inline namespace v0_1 {
+inline namespace RUNTIME_BRIDGE_FLAVOUR {
 
 /// A bridge, and where it is given, for diagnosis: no default argument can follow a constructor's pack.
 struct BridgeAt {
@@ -168,6 +170,8 @@ class Hosted {
   std::shared_ptr<State> hosted_;
 };
 
-}  // namespace runtime_bridge::inline v0_1::inline RUNTIME_BRIDGE_FLAVOUR
+}  // namespace RUNTIME_BRIDGE_FLAVOUR
+}  // namespace v0_1
+}  // namespace runtime_bridge
 
 #endif  // RUNTIME_BRIDGE_HOSTED_HPP
