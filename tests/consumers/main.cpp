@@ -10,8 +10,14 @@ namespace asio = boost::asio;
 #endif
 
 #include <chrono>
+#include <cstddef>
+#include <cstdio>
 #include <iostream>
+#include <optional>
 #include <runtime_bridge.hpp>
+#include <runtime_bridge/hosted.hpp>
+#include <runtime_bridge/range.hpp>
+#include <runtime_bridge/streambuf.hpp>
 
 asio::awaitable<int> answer() {
   asio::steady_timer timer(co_await asio::this_coro::executor, std::chrono::milliseconds(1));
@@ -26,6 +32,16 @@ int main() {
     std::cerr << result.error().message() << '\n';
     return 1;
   }
+  // The optional headers are there, too.
+  const runtime_bridge::Hosted<asio::steady_timer> timer(bridge);
+  int left = 3;
+  const auto next = [&left]() -> asio::awaitable<std::optional<int>> {
+    co_return left == 0 ? std::nullopt : std::optional(left--);
+  };
+  int sum = 0;
+  for (const int item : runtime_bridge::range(bridge, next)) sum += item;
+  runtime_bridge::istream input(bridge, [](auto) { return std::size_t{0}; });
+  if (!timer.call([](asio::steady_timer& t) { return t.cancel(); }) || sum != 6 || input.get() != EOF) return 1;
   std::cout << *result << '\n';
   return *result == 42 ? 0 : 1;
 }

@@ -5,6 +5,7 @@
 #include <asio/awaitable.hpp>
 #include <iostream>
 #include <runtime_bridge.hpp>
+#include <runtime_bridge/hosted.hpp>
 
 runtime_bridge::Result<int> on_boost(int number);
 
@@ -16,8 +17,9 @@ asio::awaitable<int> doubled(int number) { co_return 2 * number; }
 
 int main() {
   const runtime_bridge::RuntimeBridge bridge;
-  const auto result =
-      bridge.block_on([] { return on_boost(unwrap(runtime_bridge::RuntimeBridge().block_on(doubled(4)))); });
+  const runtime_bridge::Hosted<int> hosted(bridge, 4);  // of another type than the other file's Hosted<int>
+  const int eight = unwrap(hosted.call([](int n) { return doubled(n); }));
+  const auto result = bridge.block_on([&] { return on_boost(eight); });
   std::cout << result.value().value() << '\n';
   return *result == 9 ? 0 : 1;
 }
