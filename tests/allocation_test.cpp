@@ -547,7 +547,7 @@ TEST_CASE("allocation: submit") {
 }
 
 TEST_CASE("allocation: streams") {
-  sweep(20, [](Scene& scene) {
+  sweep(14, [](Scene& scene) {
     std::optional<RuntimeBridge> bridge;
     if (!scene.attempt([&] { bridge.emplace(options(Start::lazy)); })) return;
     const auto& b = *bridge;
