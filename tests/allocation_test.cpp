@@ -582,7 +582,7 @@ TEST_CASE("allocation: arguments, predicates, and functions for the end") {
 }
 
 TEST_CASE("allocation: streams") {
-  sweep(20, [](Scene& scene) {
+  sweep(14, [](Scene& scene) {
     std::optional<RuntimeBridge> bridge;
     if (!scene.attempt([&] { bridge.emplace(options(Start::lazy)); })) return;
     const auto& b = *bridge;

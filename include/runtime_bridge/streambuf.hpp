@@ -134,7 +134,8 @@ class ReadBuffer final : public std::streambuf {
         got += size;
       }
     } catch (...) {
-      // std::istream::read counts nothing now, so these bytes come again.
+      // std::istream::read counts nothing now, so these bytes come again. (Without memory for them it is
+      // std::bad_alloc.)
       unread_.assign(to, to + got);
       show(unread_, unread_.size());
       throw;
