@@ -150,7 +150,7 @@ void ask_two(int together) {
   options.on_slow_call = [](const CallInfo&) { RuntimeBridge::report(std::cout); };
   const RuntimeBridge bridge(options);
   Server server(together);
-  // The worker makes and destroys the socket: no other thread may while it waits for it.
+  // Its socket is closed on the worker, which may be using it. That also ends the server.
   const Hosted<Connected<Client>> connected(bridge, server);
   auto first = std::async(std::launch::async, [&] { return ask(connected, "one"); });
   server.await_question();
