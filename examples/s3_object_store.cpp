@@ -3,26 +3,37 @@
 // A synchronous, content-addressed object store over asynchronous S3 requests.
 
 #include <runtime_bridge.hpp>
+#include <runtime_bridge/streambuf.hpp>
 
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <asio/awaitable.hpp>
+#include <asio/buffer.hpp>
 #include <asio/steady_timer.hpp>
 #include <asio/use_awaitable.hpp>
 #include <atomic>
 #include <chrono>
 #include <csignal>
+#include <cstdint>
 #include <cstdlib>
+#include <exception>
+#include <filesystem>
+#include <fstream>
 #include <functional>
+#include <ios>
 #include <iostream>
+#include <istream>
 #include <memory>
+#include <ostream>
 #include <random>
 #include <span>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -30,6 +41,7 @@
 #include "support/backends.hpp"
 #include "support/curl.hpp"
 #include "support/http_benchmark.hpp"
+#include "support/pipe.hpp"
 #include "support/program.hpp"
 #include "support/s3.hpp"
 #include "support/shared_client.hpp"
@@ -65,6 +77,8 @@ BackendError describe_s3_error() {
       case CURLE_OUT_OF_MEMORY: return {BackendError::Failed, e.what()};
       default: return {BackendError::Unavailable, e.what()};
     }
+  } catch (const BackendError& e) {
+    return e;
   }
 }
 
@@ -79,6 +93,34 @@ class S3ObjectStore final : public ObjectStore {
     std::string address = co_await s3::hash_of(content.open());
     co_await bucket.put(key(address), content, address);
     co_return address;
+  }
+
+  // Whoever waits at the other end of the pipe learns how the transfer ended.
+  static awaitable<void> download(s3::Bucket& bucket, std::string address, std::shared_ptr<Pipe> pipe) {
+    try {
+      const std::string hash = co_await bucket.get(key(address), s3::sink_of(pipe));
+      if (hash != address) throw BackendError(corrupt);
+      pipe->close();
+    } catch (...) {
+      pipe->close(std::current_exception());
+      throw;
+    }
+  }
+  static awaitable<void> upload(s3::Bucket& bucket, std::string address, std::uint64_t size,
+                                std::shared_ptr<Pipe> pipe) {
+    try {
+      co_await bucket.put(key(address), s3::Content(size, s3::source_of(pipe)), address);
+      pipe->close();
+    } catch (...) {
+      pipe->close(std::current_exception());
+      throw;
+    }
+  }
+
+  /// Why a stream failed.
+  static Outcome<void> failure(const runtime_bridge::BridgeError& error) {
+    using Result = runtime_bridge::Result<Outcome<void>>;
+    return flatten<void>(Result(Result::unexpected_type(error)));
   }
 
  public:
@@ -118,6 +160,36 @@ class S3ObjectStore final : public ObjectStore {
     const auto hash = bucket_.call([&](s3::Bucket& bucket) { return bucket.get(key(address), open_sink); });
     if (!hash) return Failure(hash.error());
     return *hash == address ? Outcome<void>() : Failure(corrupt);
+  }
+
+  /// Gives `use` the content as a stream, while it arrives. If it is corrupt, the stream ends with an error. If `use`
+  /// leaves some of it, the transfer is aborted. The timeout is for each read.
+  Outcome<void> read(const std::string& address, const std::function<void(std::istream&)>& use) {
+    const auto pipe = std::make_shared<Pipe>(bucket_.bridge().get_executor());
+    auto transfer = bucket_.submit([=](s3::Bucket& bucket) { return download(bucket, address, pipe); });
+    const auto read = [&](asio::mutable_buffer to) { return pipe->read({static_cast<char*>(to.data()), to.size()}); };
+    runtime_bridge::istream in(bucket_.bridge(), read, bucket_.timeout());
+    use(in);
+    if (!in.error()) return {};
+    if (*in.error() != runtime_bridge::BridgeError::ResponseLost) return failure(*in.error());
+    return flatten(transfer.join());
+  }
+  /// Stores what `use` writes to a stream, while it writes. S3 needs the address and the size first.
+  Outcome<void> write(const std::string& address, std::uint64_t size, const std::function<void(std::ostream&)>& use) {
+    const auto pipe = std::make_shared<Pipe>(bucket_.bridge().get_executor());
+    auto transfer = bucket_.submit([=](s3::Bucket& bucket) { return upload(bucket, address, size, pipe); });
+    const auto write = [&](asio::const_buffer bytes) {
+      return pipe->write({static_cast<const char*>(bytes.data()), bytes.size()});
+    };
+    runtime_bridge::ostream out(bucket_.bridge(), write, bucket_.timeout());
+    use(out);
+    out.flush();
+    if (out.error() && *out.error() != runtime_bridge::BridgeError::ResponseLost) return failure(*out.error());
+    // If something is missing, the transfer would wait for it.
+    (void)bucket_.bridge().block_on([&] { pipe->close(); });
+    if (!transfer.wait_for(bucket_.timeout())) return failure(runtime_bridge::BridgeError::TimedOut);
+    Outcome<void> done = flatten(transfer.join());
+    return done && out.error() ? failure(*out.error()) : done;
   }
   Outcome<void> create_bucket() {
     return bucket_.call([](s3::Bucket& bucket) { return bucket.create(); });
@@ -181,6 +253,20 @@ curl::Source generator(std::size_t size) {
       };
 }
 
+/// A temporary file.
+struct RemovedFile {
+  explicit RemovedFile(const std::string& prefix)
+      : name(std::filesystem::temp_directory_path() / (prefix + '.' + std::to_string(getpid()))) {}
+  RemovedFile(const RemovedFile&) = delete;
+  RemovedFile& operator=(const RemovedFile&) = delete;
+  ~RemovedFile() {
+    std::error_code ignored;
+    std::filesystem::remove(name, ignored);
+  }
+
+  const std::filesystem::path name;
+};
+
 void large_object(S3ObjectStore store, long memory_limit) {
   constexpr std::size_t size = std::size_t{64} << 20U;
   const long before = peak_memory();
@@ -204,6 +290,45 @@ void large_object(S3ObjectStore store, long memory_limit) {
   const auto time = since(start);
   check(!late && late.error().kind == BackendError::TimedOut && time < 1s, "the deadline was missed");
   std::cout << "deadline of 250 ms: TimedOut after " << time.count() << " ms and " << received / 1024 << " KiB\n";
+  need(store.remove(address));
+}
+
+/// The functions that fill and read a stream know nothing of S3, nor of coroutines.
+void large_file(S3ObjectStore store, long memory_limit) {
+  constexpr std::size_t size = std::size_t{64} << 20U;
+  const RemovedFile path("runtime_bridge_s3_object_store");
+  std::string block(65'521, '\0');
+  std::ranges::generate(block, [engine = std::minstd_rand(2)]() mutable { return static_cast<char>(engine()); });
+  s3::Sha256 hash;
+  {
+    std::ofstream file(path.name, std::ios::binary);
+    for (std::size_t written = 0; written < size; written += block.size()) {
+      const std::string_view part = std::string_view(block).substr(0, size - written);
+      file.write(part.data(), std::ssize(part));
+      hash.update(part);
+    }
+    check(static_cast<bool>(file.flush()), "the file cannot be written");
+  }
+  const std::string address = hash.finish();
+  const long before = peak_memory();
+  need(store.write(address, size,
+                   [&](std::ostream& out) { out << std::ifstream(path.name, std::ios::binary).rdbuf(); }));
+  bool same = false;
+  need(store.read(address, [&](std::istream& in) {
+    std::ifstream file(path.name, std::ios::binary);
+    std::string expected(10'000, '\0'), received(expected.size(), '\0');
+    do {
+      file.read(expected.data(), std::ssize(expected));
+      in.read(received.data(), std::ssize(received));
+      same = expected == received && file.gcount() == in.gcount();
+    } while (same && in);
+    same = same && in.eof();
+  }));
+  check(same, "the file has changed");
+  const long growth = (peak_memory() - before) / 1024;
+  std::cout << "a file of 64 MiB through a std::ostream and back through a std::istream; memory use grew by " << growth
+            << " MiB\n";
+  check(growth <= memory_limit, "memory use grew by more than the limit");
   need(store.remove(address));
 }
 
@@ -237,6 +362,7 @@ void run(CLI::App& app, int count, char** arguments) {
   need_server(store.create_bucket(), "S3 server at " + settings.endpoint, "s3");
   small_objects(store);
   large_object(store, memory);
+  large_file(store, memory);
 }
 
 }  // namespace

@@ -4,9 +4,12 @@
 // thread, until a run needs no more allocations. No failure is silent, loses an answer, leaks, or harms what comes
 // after.
 
+#include <runtime_bridge/streambuf.hpp>
+
 #include <array>
 #include <atomic>
 #include <cstdlib>
+#include <ios>
 #include <memory>
 #include <new>
 #include <optional>
@@ -574,6 +577,62 @@ TEST_CASE("allocation: arguments, predicates, and functions for the end") {
     scene.call(b, gives(6), [&] { return told_of_end([part] { return ++tasks_begun, 6; }); });
     scene.call(b, gives(8), [&] { return told_of_end([part] { return hop<Plain>(part); }); });
     scene.call(b, gives(7), [&] { return told_of_end(seven<Plain>(part)); });
+    scene.works(b);
+  });
+}
+
+TEST_CASE("allocation: streams") {
+  sweep(14, [](Scene& scene) {
+    std::optional<RuntimeBridge> bridge;
+    if (!scene.attempt([&] { bridge.emplace(options(Start::lazy)); })) return;
+    const auto& b = *bridge;
+    const Part part;
+
+    const auto read = [](asio::mutable_buffer room) -> asio::awaitable<std::size_t, Plain> {
+      ++tasks_begun;
+      initiate();
+      co_await asio::post(asio::use_awaitable_t<Plain>());
+      co_return asio::buffer_copy(room, asio::buffer("0123456789", 10));
+    };
+    const auto write = [](asio::const_buffer bytes) -> asio::awaitable<std::size_t, Plain> {
+      ++tasks_begun;
+      initiate();
+      co_await asio::post(asio::use_awaitable_t<Plain>());
+      co_return bytes.size();
+    };
+    // What the use of a stream came to. A lack of memory is thrown, if it was this thread's.
+    const auto use = [](auto& stream, auto used) -> Result<int> {
+      const long before = failed_here;
+      stream.clear();
+      const int value = used();
+      if (!stream.bad()) return value;
+      if (failed_here != before && is_bad_alloc(stream.error()->cause())) {
+        tasks_begun = 0;  // those of calls before it
+        throw std::bad_alloc();
+      }
+      return error_result<int>(*stream.error());
+    };
+
+    std::optional<runtime_bridge::istream<decltype(read)>> in;
+    if (!scene.attempt([&] { in.emplace(b, read, 1h, 10); })) return scene.works(b);
+    std::array<char, 12> room{};
+    const auto get = [&] { return in->get() == '0' ? 1 : 0; };
+    for (int attempt = 0; attempt < 3; ++attempt) {
+      scene.call(b, gives(1), [&] { return use(*in, get); });
+      in->read(room.data(), in->rdbuf()->in_avail());  // not `ignore`, which looks for more
+    }
+    const auto read_past_the_buffer = [&] { return in->read(room.data(), 12) && room[11] == '1' ? 2 : 0; };
+    scene.call(b, gives(2), [&] { return use(*in, read_past_the_buffer); });
+
+    for (const int length : {3, 30}) {
+      std::optional<runtime_bridge::ostream<decltype(write)>> out;
+      if (!scene.attempt([&] { out.emplace(b, write, 1h, 10); })) break;
+      const auto put = [&] {
+        out->write("                              ", length).flush();
+        return 3;
+      };
+      scene.call(b, gives(3), [&] { return use(*out, put); });
+    }
     scene.works(b);
   });
 }

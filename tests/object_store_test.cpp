@@ -10,7 +10,10 @@
 #include <atomic>
 #include <functional>
 #include <future>
+#include <istream>
+#include <iterator>
 #include <memory>
+#include <ostream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -106,6 +109,71 @@ TEST_CASE("object store: an exception of the caller's own code reaches the calle
   const auto cannot_open = shop.store.get("a", []() -> curl::Sink { throw std::runtime_error("permission denied"); });
   CHECK(kind_of(cannot_open) == BackendError::Failed);
   CHECK(cannot_open.error().message.find("permission denied") != std::string::npos);
+}
+
+TEST_CASE("object store: contents as streams") {
+  std::string stored;
+  HttpServer server([&](Exchange& exchange) -> awaitable<bool> {
+    const std::string body = co_await exchange.body();
+    if (exchange.method == "PUT") stored = body;
+    const std::string content = exchange.method == "GET" ? stored : "";
+    co_await exchange.answer(200, content);
+    co_return true;
+  });
+  S3ObjectStore store(s3::Settings(server.url(""), "us-east-1", "bucket", "id", "secret"));
+  const std::string content(300'000, 'x'), address = s3::Sha256::of(content);
+  std::string got;
+  const auto keep = [&](std::istream& in) { got.assign(std::istreambuf_iterator<char>(in), {}); };
+  CHECK(kind_of(store.write(address, content.size(), [&](std::ostream& out) { out << content; })) == no_error);
+  CHECK((stored == content));
+  CHECK(kind_of(store.read(address, keep)) == no_error);
+  CHECK((got == content));
+  CHECK(kind_of(store.write(s3::Sha256::of(""), 0, [](std::ostream&) {})) == no_error);
+  CHECK(kind_of(store.read(s3::Sha256::of(""), keep)) == no_error);
+  CHECK(got.empty());
+
+  // Less or more than announced.
+  CHECK(kind_of(store.write(address, 10, [](std::ostream& out) { out << "12345"; })) != no_error);
+  CHECK(kind_of(store.write(address, 10, [](std::ostream& out) { out << "12345678901"; })) != no_error);
+  CHECK(kind_of(store.write(address, 10, [](std::ostream& out) { out << "1234567890" << std::flush << '1'; })) !=
+        no_error);
+  // Only the beginning is wanted.
+  stored = content;
+  CHECK(kind_of(store.read(address, [](std::istream& in) { CHECK(in.get() == 'x'); })) == no_error);
+  CHECK(kind_of(store.read(address, [](std::istream&) {})) == no_error);
+
+  // At the end it turns out to be something else.
+  const auto read_on = [&](std::istream& in) {
+    std::getline(in, got);
+    CHECK(in.bad());
+    CHECK_FALSE(in.eof());
+  };
+  CHECK(kind_of(store.read(s3::Sha256::of("other"), read_on)) == BackendError::Corrupt);
+  CHECK((got == content));
+  CHECK(kind_of(Shop(404, error_body("NoSuchKey")).store.read("a", read_on)) == BackendError::NotFound);
+  CHECK(kind_of(Shop(403, error_body("AccessDenied")).store.write("a", 4, [](std::ostream& out) { out << "text"; })) ==
+        BackendError::Refused);
+  CHECK(kind_of(S3ObjectStore(s3::Settings("http://127.0.0.1:1", "us-east-1", "bucket", "id", "secret"))
+                    .write("a", 4, [](std::ostream& out) { out << "text"; })) == BackendError::Unavailable);
+}
+
+TEST_CASE("object store: the deadline of a stream is for each read and write") {
+  HttpServer server([](Exchange& exchange) -> awaitable<bool> {
+    if (exchange.method == "GET") co_await exchange.write("HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nbeginning\n");
+    co_await exchange.silence();
+    co_return false;
+  });
+  const S3ObjectStore store(s3::Settings(server.url(""), "us-east-1", "bucket", "id", "secret"));
+  std::string line;
+  const auto read = [&](std::istream& in) {
+    std::getline(in, line);
+    CHECK((line.empty() || line == "beginning"));  // on a busy machine the deadline may be earlier
+    CHECK(in.get() == EOF);
+    CHECK(in.bad());
+  };
+  CHECK(kind_of(store.with_timeout(300ms).read("a", read)) == BackendError::TimedOut);
+  const auto write = [](std::ostream& out) { out << "text"; };
+  CHECK(kind_of(store.with_timeout(300ms).write("a", 4, write)) == BackendError::TimedOut);
 }
 
 TEST_CASE("object store: a deadline, also while the server asks for patience") {

@@ -7,8 +7,11 @@
 
 #include <openssl/evp.h>
 #include <openssl/hmac.h>
+#include <sys/resource.h>
+#include <runtime_bridge/streambuf.hpp>
 
 #include <algorithm>
+#include <atomic>
 #include <map>
 #include <optional>
 #include <runtime_bridge/hosted.hpp>
@@ -825,4 +828,186 @@ TEST_CASE("s3: an empty key is refused, and is not a request for the bucket") {
               .status() == 0);
   }
   CHECK(s3.targets.empty());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Streams
+
+namespace {
+
+constexpr std::size_t mebibyte = std::size_t{1} << 20U;
+constexpr std::size_t large = 64 * mebibyte;
+
+/// A server with one large object, of which it keeps nothing in memory: this block again and again.
+struct LargeObject {
+  awaitable<bool> operator()(Exchange& exchange) {
+    if (exchange.method == "PUT") {
+      co_await exchange.invite();
+      s3::Sha256 hash;
+      while (received < exchange.length()) {
+        const std::string piece = co_await exchange.some();
+        hash.update(piece);
+        received += piece.size();
+      }
+      hash_matches = exchange.headers["x-amz-content-sha256"] == hash.finish();
+      co_await exchange.answer(hash_matches ? 200 : 400);
+    } else {
+      co_await exchange.write("HTTP/1.1 200 OK\r\nContent-Length: " + std::to_string(large) + "\r\n\r\n");
+      while (sent < large) {
+        co_await exchange.write(block.substr(0, large - sent));
+        sent += std::min(block.size(), large - sent);
+      }
+    }
+    co_return true;
+  }
+
+  const std::string block = [] {
+    std::string text(65'521, '\0');
+    for (std::size_t i = 0; i < text.size(); ++i) text[i] = static_cast<char>(i * i % 251);
+    return text;
+  }();
+  bool hash_matches = false;
+  std::atomic<std::size_t> received{0}, sent{0};
+};
+
+/// The peak memory use of this process.
+std::size_t peak_memory() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return static_cast<std::size_t>(usage.ru_maxrss) * 1024;
+}
+#ifdef SANITIZED
+constexpr std::size_t memory_limit = 1024 * mebibyte;  // they keep freed memory
+#else
+constexpr std::size_t memory_limit = 16 * mebibyte;
+#endif
+
+auto reading(Pipe& pipe) {
+  return [&pipe](asio::mutable_buffer room) { return pipe.read({static_cast<char*>(room.data()), room.size()}); };
+}
+auto writing(Pipe& pipe) {
+  return [&pipe](asio::const_buffer bytes) {
+    return pipe.write({static_cast<const char*>(bytes.data()), bytes.size()});
+  };
+}
+
+}  // namespace
+
+TEST_CASE("s3: 64 MiB through a std::ostream and a std::istream, with bounded memory") {
+  LargeObject object;
+  Store store(object);
+  s3::Sha256 hash;
+  for (std::size_t size = 0; size < large; size += object.block.size()) {
+    hash.update(std::string_view(object.block).substr(0, large - size));
+  }
+  const std::size_t before = peak_memory();
+
+  const auto up = std::make_shared<Pipe>(store.bridge.get_executor());
+  auto upload = store.bridge.submit(
+      [&, text = hash.finish()] { return store.bucket.put("key", s3::Content(large, s3::source_of(up)), text); });
+  {
+    runtime_bridge::ostream out(store.bridge, writing(*up), 1min);
+    for (std::size_t size = 0; size < large; size += object.block.size()) {
+      const std::string_view part = std::string_view(object.block).substr(0, large - size);
+      out.write(part.data(), std::ssize(part));
+    }
+    CHECK(out.flush());
+  }
+  unwrap(upload.join());
+  CHECK(object.received == large);
+  CHECK(object.hash_matches);
+
+  const auto down = std::make_shared<Pipe>(store.bridge.get_executor());
+  auto download = store.bridge.submit([&]() -> awaitable<void> {
+    co_await store.bucket.get("key", s3::sink_of(down));
+    down->close();
+  });
+  // Nobody reads yet: the server must wait, too. (On a very slow machine it may only seem so.)
+  std::size_t stalled = 0;
+  do {
+    stalled = object.sent;
+    std::this_thread::sleep_for(200ms);
+  } while (object.sent == 0 || object.sent != stalled);
+  CHECK(object.sent < 16 * mebibyte);  // most of it in the kernel's socket buffers
+  runtime_bridge::istream in(store.bridge, reading(*down), 1min);
+  std::size_t received = 0, differences = 0;
+  std::string room(10'000, '\0');
+  while (in.read(room.data(), std::ssize(room)) || in.gcount() != 0) {
+    for (std::size_t i = 0; i < static_cast<std::size_t>(in.gcount()); ++i) {
+      if (room[i] != object.block[received++ % object.block.size()]) ++differences;
+    }
+  }
+  CHECK_FALSE(in.error());
+  unwrap(download.join());
+  CHECK(received == large);
+  CHECK(differences == 0);
+  CHECK(peak_memory() - before < memory_limit);
+}
+
+TEST_CASE("s3: a std::ostream to a server that does not read fails by its deadline, with bounded memory") {
+  const auto silent = [](const Exchange& exchange) -> awaitable<bool> {
+    asio::steady_timer timer(co_await asio::this_coro::executor, 24h);
+    co_await timer.async_wait(use_awaitable);
+    co_return exchange.method.empty();
+  };
+  Store store(silent);
+  const auto pipe = std::make_shared<Pipe>(store.bridge.get_executor());
+  auto upload = store.bridge.submit(
+      [&] { return store.bucket.put("key", s3::Content(large, s3::source_of(pipe)), sha256("other")); });
+  runtime_bridge::ostream out(store.bridge, writing(*pipe), 500ms);
+  const std::string block(65536, 'x');
+  std::size_t written = 0;
+  while (out.write(block.data(), std::ssize(block))) written += block.size();
+  CHECK(*out.error() == BridgeError::TimedOut);
+  CHECK(written < 16 * mebibyte);
+  // The transfer waits for more. Its handle ends it.
+  CHECK(store.bridge.in_flight() == 1);
+  upload.request_stop();
+  CHECK(outcome(upload.join()) == BridgeError::Cancelled);
+}
+
+TEST_CASE("s3: a stream tells the error of its transfer, which is retried until the first byte") {
+  Script missing({{404, error_xml("NoSuchKey")}});
+  Store store(missing);
+  const auto down = std::make_shared<Pipe>(store.bridge.get_executor());
+  const auto get = [&]() -> awaitable<void> {
+    try {
+      co_await store.bucket.get("key", s3::sink_of(down));
+      down->close();
+    } catch (...) {
+      down->close(std::current_exception());
+    }
+  };
+  auto download = store.bridge.submit(get);
+  runtime_bridge::istream in(store.bridge, reading(*down), 1min);
+  CHECK(in.get() == EOF);
+  CHECK(in.bad());
+  CHECK_FALSE(in.eof());
+  CHECK_THROWS_AS(std::rethrow_exception(in.error()->cause()), s3::Error);
+  unwrap(download.join());
+
+  Script later({{503, error_xml("SlowDown")}, {200, "content"}});
+  Store other(later);
+  const auto pipe = std::make_shared<Pipe>(other.bridge.get_executor());
+  auto second = other.bridge.submit([&]() -> awaitable<void> {
+    co_await other.bucket.get("key", s3::sink_of(pipe));
+    pipe->close();
+  });
+  runtime_bridge::istream content(other.bridge, reading(*pipe), 1min);
+  CHECK(std::string(std::istreambuf_iterator<char>(content), {}) == "content");
+  unwrap(second.join());
+
+  // What was given to a stream cannot be sent again, neither after a redirect nor after an error.
+  for (const Script::Line& line :
+       {Script::Line{503, error_xml("SlowDown")}, Script::Line{307, {}, "Location: /elsewhere/my%20bucket/key\r\n"}}) {
+    Script refusing({line, {200}});
+    Store third(refusing);
+    const auto up = std::make_shared<Pipe>(third.bridge.get_executor());
+    auto upload =
+        third.bridge.submit([&] { return third.bucket.put("key", s3::Content(4, s3::source_of(up)), sha256("text")); });
+    runtime_bridge::ostream out(third.bridge, writing(*up), 1min);
+    out << "text" << std::flush;
+    CHECK_FALSE(upload.join().has_value());
+    CHECK(refusing.requests.size() == 1);
+  }
 }

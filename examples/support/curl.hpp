@@ -781,6 +781,7 @@ inline asio::awaitable<Response> fetch(std::shared_ptr<Driver> driver, Request r
   const bool repeatable = is_idempotent(request.method);
   Source source = request.open_body ? request.open_body() : Source();
   Sink sink = request.open_sink ? request.open_sink() : Sink();
+  if (request.open_body && !source) throw Error(CURLE_SEND_FAIL_REWIND, "the body cannot be sent again");
   for (int attempt = 1;; ++attempt) {
     Response response;
     std::optional<Error> error;

@@ -25,6 +25,7 @@
 #include <new>
 #include <pugixml.hpp>
 #include <set>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -32,6 +33,7 @@
 #include <vector>
 
 #include "curl.hpp"
+#include "pipe.hpp"
 
 namespace s3 {
 
@@ -141,6 +143,21 @@ inline curl::Sink hashing(Sha256& hash, curl::Sink sink) {
   return [&hash, sink = std::move(sink)](std::string_view piece) {
     hash.update(piece);
     return sink(piece);
+  };
+}
+
+/// Opens sources that read the pipe, or sinks that write to it, until a byte has come through it. After that a request
+/// cannot be retried.
+inline std::function<curl::Source()> source_of(std::shared_ptr<Pipe> pipe) {
+  return [pipe = std::move(pipe)] {
+    const auto read = [pipe](std::span<char> room) { return pipe->read(room); };
+    return pipe->used() ? curl::Source() : read;
+  };
+}
+inline std::function<curl::Sink()> sink_of(std::shared_ptr<Pipe> pipe) {
+  return [pipe = std::move(pipe)] {
+    const auto write = [pipe](std::string_view piece) { return pipe->write(piece); };
+    return pipe->used() ? curl::Sink() : write;
   };
 }
 

@@ -55,6 +55,15 @@ class SharedClient {
   }
   // [/readme]
 
+  /// Starts `function(client)` and does not wait. The task must own its data.
+  template <class Function>
+  auto submit(Function function) const {
+    return bridge().submit(
+        [shared = shared_, function = std::move(function)] { return outcome_of(function(shared->hosted), describe); });
+  }
+  [[nodiscard]] const runtime_bridge::RuntimeBridge& bridge() const { return *shared_->drained.bridge; }
+  [[nodiscard]] std::chrono::milliseconds timeout() const { return timeout_; }
+
   /// For the calls of this copy.
   void set_timeout(std::chrono::milliseconds timeout) { timeout_ = timeout; }
 
@@ -85,6 +94,7 @@ class SharedClient {
 
     Drained drained;  // declared first: the client must ask its tasks to end before they are waited for
     runtime_bridge::Hosted<Client> client;
+    Client& hosted = *runtime_bridge::unwrap(client.call([](Client& c) { return &c; }));  // for tasks on the worker
   };
 
   std::shared_ptr<Shared> shared_;

@@ -43,6 +43,7 @@
 #define max(a, b) ((a) > (b) ? (a) : (b))
 
 #include <runtime_bridge.hpp>
+#include <runtime_bridge/streambuf.hpp>
 
 int main() {
   const runtime_bridge::RuntimeBridge bridge;
@@ -50,5 +51,8 @@ int main() {
   auto handle = bridge.submit([] { return 1; });
   (void)handle.wait_for(std::chrono::hours(1));
   (void)handle.join();
+  runtime_bridge::istream in(
+      bridge, [](auto buffer) { return buffer.size(); }, std::chrono::hours(1));
+  runtime_bridge::ostream(bridge, [](auto) {}) << in.get();
   (void)bridge.shutdown(runtime_bridge::Shutdown::drain);
 }

@@ -6,6 +6,7 @@
 #include <memory>
 #include <ostream>
 #include <runtime_bridge.hpp>
+#include <runtime_bridge/streambuf.hpp>
 #include <stop_token>
 #include <string>
 #include <utility>
@@ -37,6 +38,10 @@ int use(std::ostream& out) {
   JoinHandle<int> other;
   other = std::move(handle);
   if (!other.wait_for(std::chrono::seconds(1)) && other.joinable() && !other.done()) other.request_stop();
+  istream in(
+      named, [](asio::mutable_buffer buffer) { return buffer.size(); }, std::chrono::seconds(1));
+  istream in_pieces(named, [](asio::mutable_buffer) { return 0; });
+  ostream(named, [](asio::const_buffer) {}) << in.get() << in_pieces.rdbuf();
   const Result<int> joined = other.join();
   other.detach();
   const bool complete = named.shutdown(Shutdown::cancel, std::chrono::minutes(1));
