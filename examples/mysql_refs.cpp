@@ -35,7 +35,6 @@ namespace {
 
 using namespace std::chrono_literals;
 using asio::awaitable;
-using runtime_bridge::RuntimeBridge;
 using std::chrono::steady_clock;
 namespace mysql = boost::mysql;
 
@@ -63,15 +62,16 @@ BackendError describe_mysql_error() {
 /// A pool of connections, and the task that keeps them up.
 class Pool {
  public:
-  Pool(const asio::any_io_executor& executor, mysql::pool_params params)
-      : pool_(std::make_shared<mysql::connection_pool>(executor, std::move(params))) {}
-
-  void use(const RuntimeBridge& bridge) { bridge_ = &bridge; }
-  void close() { pool_->cancel(); }  // ends run()
+  Pool(Bridge bridge, mysql::pool_params params)
+      : bridge_(std::move(bridge)),
+        pool_(std::make_shared<mysql::connection_pool>(bridge_->get_executor(), std::move(params))) {}
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+  ~Pool() { pool_->cancel(); }  // ends run()
 
   template <class Statement>
   awaitable<mysql::results> execute(const Statement& statement) {
-    if (!std::exchange(running_, true)) bridge_->submit(run(pool_)).detach();  // without it, nothing connects
+    if (!std::exchange(running_, true)) bridge_->submit(run(bridge_, pool_)).detach();  // without it, nothing connects
     mysql::diagnostics diagnostics;
     mysql::error_code error;
     const auto token = asio::redirect_error(asio::use_awaitable, error);
@@ -93,24 +93,23 @@ class Pool {
   }
 
  private:
-  // It shares the pool, because it ends a moment after close().
-  static awaitable<void> run(std::shared_ptr<mysql::connection_pool> pool) {
+  // It shares both, because it ends a moment after the destructor.
+  static awaitable<void> run([[maybe_unused]] Bridge bridge, std::shared_ptr<mysql::connection_pool> pool) {
     co_await pool->async_run(asio::use_awaitable);
   }
   static bool is_cancelled(asio::cancellation_state state) {
     return state.cancelled() != asio::cancellation_type::none;
   }
 
+  Bridge bridge_;
   std::shared_ptr<mysql::connection_pool> pool_;
-  const RuntimeBridge* bridge_ = nullptr;
   bool running_ = false;
 };
 // [/readme]
 
 class MysqlRefs final : public RefBackend {
  public:
-  MysqlRefs(const Settings& settings, std::chrono::milliseconds timeout)
-      : client_([&](auto executor) { return Pool(executor, parameters_of(settings)); }, timeout) {}
+  MysqlRefs(const Settings& settings, std::chrono::milliseconds timeout) : client_(timeout, parameters_of(settings)) {}
 
   Outcome<std::optional<std::string>> get(const std::string& name) override {
     const auto found = run("select value from refs where name = {}", name);

@@ -41,8 +41,7 @@ struct Entry {
 // [readme]
 class RedisCache final : public RefBackend {
  public:
-  RedisCache(const redis::config& config, milliseconds timeout)
-      : client_([&](auto executor) { return RedisClient(executor, config); }, timeout) {}
+  RedisCache(const redis::config& config, milliseconds timeout) : client_(timeout, config) {}
 
   Outcome<std::optional<std::string>> get(const std::string& name) override {
     return ask<std::optional<std::string>>("GET", name);

@@ -124,8 +124,7 @@ class S3ObjectStore final : public ObjectStore {
   }
 
  public:
-  explicit S3ObjectStore(const s3::Settings& settings)
-      : bucket_([&](auto executor) { return s3::Bucket(curl::Client(executor), settings); }, milliseconds::max()) {}
+  explicit S3ObjectStore(const s3::Settings& settings) : bucket_(milliseconds::max(), settings) {}
 
   // The task has ended when block_on returns, so it may refer to the caller's locals. The address is computed on the
   // caller's thread, so that hashing does not delay other calls on the worker.

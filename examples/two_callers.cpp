@@ -3,6 +3,7 @@
 // Two callers on one connection: how one of them comes to wait for ever, how a report tells, and the remedy.
 
 #include <runtime_bridge.hpp>
+#include <runtime_bridge/hosted.hpp>
 
 #include <array>
 #include <asio/any_io_executor.hpp>
@@ -30,6 +31,7 @@
 namespace {
 
 using runtime_bridge::CallInfo;
+using runtime_bridge::Hosted;
 using runtime_bridge::RuntimeBridge;
 using runtime_bridge::SourceLocation;
 using Socket = asio::local::stream_protocol::socket;
@@ -80,13 +82,18 @@ class SharedConnection {
 /// closes the connection.
 class Server {
  public:
-  Server(Socket& client, int together) : together_(together) {
+  explicit Server(int together) : together_(together) {}
+  Server(const Server&) = delete;
+  Server& operator=(const Server&) = delete;
+  ~Server() {
+    if (thread_.joinable()) thread_.join();
+  }
+
+  /// For one client.
+  void accept(Socket& client) {
     asio::local::connect_pair(client, socket_);
     thread_ = std::thread([this] { run(); });
   }
-  Server(const Server&) = delete;
-  Server& operator=(const Server&) = delete;
-  ~Server() { thread_.join(); }
 
   /// Waits until the first question has arrived.
   void await_question() { question_.get_future().get(); }
@@ -114,12 +121,24 @@ class Server {
   std::thread thread_;
 };
 
+/// A client and its socket.
+template <class Client>
+struct Connected {
+  Connected(const asio::any_io_executor& executor, Server& server) : socket(executor), client(socket) {
+    server.accept(socket);
+  }
+
+  Socket socket;
+  Client client;
+};
+
 /// A wrapper passes on where it was called, so that reports name its caller's line instead of this one.
 template <class Client>
-std::string ask(const RuntimeBridge& bridge, Client& client, const std::string& question,
+std::string ask(const Hosted<Connected<Client>>& connected, const std::string& question,
                 SourceLocation where = SourceLocation::current()) {
-  const auto task = runtime_bridge::named("ask " + question, [&] { return client.ask(question); });
-  const auto answer = bridge.block_on_for(task, std::chrono::milliseconds(300), {}, where);
+  const auto task = [&](Connected<Client>& c) { return c.client.ask(question); };
+  const auto answer =
+      connected.call_for(std::chrono::milliseconds(300), runtime_bridge::named("ask " + question, task), {}, where);
   return answer ? *answer : answer.error().message();
 }
 
@@ -130,14 +149,13 @@ void ask_two(int together) {
   options.slow_after = std::chrono::milliseconds(200);
   options.on_slow_call = [](const CallInfo&) { RuntimeBridge::report(std::cout); };
   const RuntimeBridge bridge(options);
-  Socket socket(bridge.get_executor());
-  Server server(socket, together);
-  Client client(socket);
-  auto first = std::async(std::launch::async, [&] { return ask(bridge, client, "one"); });
+  Server server(together);
+  // Its socket is closed on the worker, which may be using it. That also ends the server.
+  const Hosted<Connected<Client>> connected(bridge, server);
+  auto first = std::async(std::launch::async, [&] { return ask(connected, "one"); });
   server.await_question();
-  const std::string second = ask(bridge, client, "two");
+  const std::string second = ask(connected, "two");
   std::cout << "the answers: " << first.get() << "; " << second << '\n';
-  socket.close();
 }
 
 }  // namespace

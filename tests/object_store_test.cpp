@@ -1,15 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The errors of examples/s3_object_store.cpp: what its callers learn about what went wrong.
+// examples/s3_object_store.cpp: what its callers learn about what went wrong, and how its copies end.
 
+#include <asio/any_io_executor.hpp>
+#include <asio/post.hpp>
+#include <asio/steady_timer.hpp>
+#include <asio/this_coro.hpp>
+#include <asio/use_awaitable.hpp>
 #include <atomic>
 #include <functional>
+#include <future>
 #include <istream>
 #include <iterator>
+#include <memory>
 #include <ostream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <thread>
+#include <utility>
 
 #include "http_server.hpp"
 #include "support.hpp"
@@ -193,6 +202,108 @@ TEST_CASE("object store: after a shut-down") {
   bridge.shutdown(runtime_bridge::Shutdown::drain);
   const auto task = []() -> awaitable<BackendOutcome<int>> { co_return 1; };
   CHECK(kind_of(flatten(bridge.block_on(task))) == BackendError::Stopped);
+}
+
+TEST_CASE("object store: the last copy may be destroyed anywhere, and before or after other things") {
+  auto shop = std::make_unique<Shop>(200, "content");
+  const std::string address = s3::Sha256::of("content");
+  auto last = std::make_unique<S3ObjectStore>(shop->store);
+  CHECK(kind_of(last->get(address)) == no_error);
+  SECTION("after the server, with a connection to it") {
+    shop.reset();
+    last.reset();
+  }
+  SECTION("by another thread") {
+    shop.reset();
+    std::thread([&] { last.reset(); }).join();
+  }
+  SECTION("by its worker") {
+    asio::any_io_executor executor;
+    const auto learn_executor = [&](std::string_view) -> awaitable<void> {
+      executor = co_await asio::this_coro::executor;
+    };
+    CHECK(kind_of(last->get(address, [&] { return learn_executor; })) == no_error);
+    shop.reset();
+    std::promise<void> destroyed;
+    asio::post(std::exchange(executor, {}), [&, owner = std::move(last)]() mutable {
+      owner.reset();
+      destroyed.set_value();
+    });
+    destroyed.get_future().get();
+  }
+  SECTION("by another store's worker") {
+    shop.reset();
+    Shop other(200, "content");
+    const auto drop = [&](std::string_view) -> awaitable<void> {
+      last.reset();
+      co_return;
+    };
+    CHECK(kind_of(other.store.get(address, [&] { return drop; })) == no_error);
+    CHECK(last == nullptr);
+  }
+}
+
+namespace {
+
+/// What becomes of a `Ticking` and its task.
+struct Life {
+  std::thread::id worker{}, destroyed{};
+  std::atomic<bool> ended{false};
+};
+
+/// A client whose task in the background ends a while after it was asked to, and must not be cut off.
+class Ticking {
+ public:
+  Ticking(Bridge bridge, Life& life) : bridge_(std::move(bridge)), life_(life) {
+    life.worker = std::this_thread::get_id();
+    bridge_->submit(run(bridge_, stop_, life)).detach();
+  }
+  Ticking(const Ticking&) = delete;
+  Ticking& operator=(const Ticking&) = delete;
+  ~Ticking() {
+    life_.destroyed = std::this_thread::get_id();
+    *stop_ = true;
+  }
+
+  awaitable<asio::any_io_executor> executor() { co_return co_await asio::this_coro::executor; }
+
+ private:
+  static awaitable<void> run([[maybe_unused]] Bridge bridge, std::shared_ptr<bool> stop, Life& life) {
+    asio::steady_timer timer(co_await asio::this_coro::executor);
+    for (int left = 10; left != 0; left -= *stop ? 1 : 0) {
+      timer.expires_after(10ms);
+      co_await timer.async_wait(asio::use_awaitable);
+    }
+    life.ended = true;
+  }
+
+  Bridge bridge_;
+  Life& life_;
+  std::shared_ptr<bool> stop_ = std::make_shared<bool>(false);
+};
+
+BackendError describe_none() { throw; }
+
+}  // namespace
+
+TEST_CASE("shared client: destroyed on the worker, and its task in the background ends in peace") {
+  using Client = SharedClient<Ticking, describe_none>;
+  Life life;
+  auto client = std::make_unique<Client>(1h, life);
+  SECTION("by its owner, who waits for the task") {
+    const Client copy = *client;
+    client.reset();
+    CHECK(copy.call([](Ticking& ticking) { return ticking.executor(); }).has_value());
+    CHECK_FALSE(life.ended);
+  }
+  SECTION("by the worker") {
+    asio::any_io_executor executor = client->call([](Ticking& ticking) { return ticking.executor(); }).value();
+    asio::post(std::exchange(executor, {}), [owner = std::move(client)]() mutable { owner.reset(); });
+    await_state([&] { return life.ended.load(); });
+  }
+  CHECK(life.ended);
+  CHECK(life.destroyed == life.worker);
+  CHECK(life.worker != std::this_thread::get_id());
 }
 
 TEST_CASE("object store: in a forked child every call is an error, and the parent goes on", "[child]") {

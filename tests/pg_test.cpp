@@ -1631,6 +1631,32 @@ TEST_CASE("pg: a pool survives a restart of its server") {
   for (int i = 0; i < 8; ++i) CHECK(db.select<int>("select 1") == 1);
 }
 
+TEST_CASE("pg: the last copy of a client may be destroyed on its worker, and by any other thread") {
+  Database observer;
+  const std::string name = unique_name();
+  pg::Settings how = settings();
+  how.conninfo += " application_name=" + name;
+  auto client = std::make_unique<PgClient>(how, 2, 1h);
+  const auto executor_of = [](pg::Connection&) -> awaitable<asio::any_io_executor> {
+    co_return co_await asio::this_coro::executor;
+  };
+  asio::any_io_executor executor = client->call(executor_of).value();
+  const std::string sessions = "select count(*) from pg_stat_activity where application_name = $1";
+  CHECK(observer.select<int>(sessions, name) == 1);
+  SECTION("on the worker") {
+    asio::post(std::exchange(executor, {}), [owner = std::move(client)]() mutable { owner.reset(); });
+  }
+  SECTION("by another thread") {
+    executor = {};
+    std::thread([owner = std::move(client)]() mutable { owner.reset(); }).join();
+  }
+  SECTION("by the worker of another bridge") {
+    executor = {};
+    unwrap(observer.bridge.block_on([&] { client.reset(); }));
+  }
+  await_state([&] { return observer.select<int>(sessions, name) == 0; });
+}
+
 TEST_CASE("pg: a forked child closes what it has inherited, and its parent's sessions go on", "[child]") {
   Database observer;
   auto db = std::make_unique<Database>(2);

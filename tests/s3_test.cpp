@@ -14,6 +14,7 @@
 #include <atomic>
 #include <map>
 #include <optional>
+#include <runtime_bridge/hosted.hpp>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -287,12 +288,7 @@ class Store {
   explicit Store(Server& s3, std::string token = {})
       : server([&s3](Exchange& exchange) { return s3(exchange); }),
         settings{server.url(""), region, "my bucket", id, secret, std::move(token), 3},
-        bucket(curl::Client(bridge.get_executor(), options()), settings) {}
-  Store(const Store&) = delete;
-  Store& operator=(const Store&) = delete;
-  ~Store() {
-    (void)bridge.block_on([&] { bucket.close(); });
-  }
+        hosted(bridge, settings, options()) {}
 
   template <class Task>
   auto run(Task task) {
@@ -343,7 +339,8 @@ class Store {
   HttpServer server;
   s3::Settings settings;
   RuntimeBridge bridge;
-  s3::Bucket bucket;
+  runtime_bridge::Hosted<s3::Bucket> hosted;
+  s3::Bucket& bucket = *unwrap(hosted.call([](s3::Bucket& b) { return &b; }));
 };
 
 }  // namespace
@@ -714,14 +711,12 @@ TEST_CASE("s3: a bucket in another region is found, and later requests go there 
     Store store(script);
     s3::Settings settings = store.settings;
     settings.region = "eu-test-2";
-    const curl::Client client(store.bridge.get_executor(), Store::options());
-    s3::Bucket elsewhere(client, settings);
     store.run([&]() -> awaitable<void> {
+      s3::Bucket elsewhere(store.bridge.get_executor(), settings, Store::options());
       const s3::Content content(4, [] { return curl::from_memory("text"); });
       co_await elsewhere.put("key", content, sha256("text"));
       const bool exists = co_await elsewhere.exists("key");
       if (!exists) throw std::runtime_error("it is not there");
-      elsewhere.close();
     });
     REQUIRE(script.requests.size() == 3);
     CHECK_FALSE(script.objections[0].empty());
@@ -804,10 +799,12 @@ TEST_CASE("s3: endpoints") {
   settings.endpoint += '/';
   CHECK(store.fetch(s3::request(settings, "HEAD", "")) == 200);
   settings.region.clear();
-  Store nowhere(s3);
-  const curl::Client client(store.bridge.get_executor());
-  s3::Bucket bucket(client, settings);
-  CHECK(store.error([&] { return bucket.list(""); }).kind() == s3::Error::Refused);
+  const auto nowhere = [&]() -> awaitable<int> {
+    s3::Bucket bucket(store.bridge.get_executor(), settings);
+    co_await bucket.list("");
+    co_return 0;
+  };
+  CHECK(store.error(nowhere).kind() == s3::Error::Refused);
 }
 
 TEST_CASE("s3: an empty key is refused, and is not a request for the bucket") {

@@ -7,6 +7,7 @@
 #define RUNTIME_BRIDGE_EXAMPLES_HTTP_BENCHMARK_HPP
 
 #include <runtime_bridge.hpp>
+#include <runtime_bridge/hosted.hpp>
 
 #include <curl/curl.h>
 
@@ -69,8 +70,8 @@ class Blocking {
 inline void run(const std::string& endpoint) {
   const std::string url = endpoint + "/benchmark/object";
   const std::string body(size, 'x');
-  runtime_bridge::RuntimeBridge bridge;
-  const curl::Client client(bridge.get_executor());
+  const runtime_bridge::RuntimeBridge bridge;
+  const runtime_bridge::Hosted<curl::Client> client(bridge);
 
   const auto request_for = [&](bool put) {
     curl::Request request(put ? "PUT" : "GET", url);
@@ -81,8 +82,8 @@ inline void run(const std::string& endpoint) {
     return request;
   };
   const auto bridged = [&](bool put) {
-    const auto task = [&] { return client.fetch(request_for(put)); };
-    const curl::Response response = runtime_bridge::unwrap(bridge.block_on(task));
+    const auto fetch = [&](const curl::Client& http) { return http.fetch(request_for(put)); };
+    const curl::Response response = runtime_bridge::unwrap(client.call(fetch));
     check(response.status / 100 == 2, "status " + std::to_string(response.status) + " for " + url);
     return response.body.size();
   };
@@ -139,7 +140,6 @@ inline void run(const std::string& endpoint) {
       std::cout << '\n';
     }
   }
-  runtime_bridge::unwrap(bridge.block_on([&] { client.close(); }));
 }
 
 }  // namespace http_benchmark

@@ -899,7 +899,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
 };
 
 /// A pool of connections, which are opened when they are needed. Use it on the executor's thread only: before
-/// destroying it elsewhere, `close` it there. (In a program that uses runtime_bridge, declare it after the bridge.)
+/// destroying it elsewhere, `close` it there. (In a program that uses runtime_bridge, make it a `Hosted<pg::Pool>`.)
 ///
 /// The session's state (SET, LISTEN, advisory locks) is not reset when a connection goes back to the pool.
 class Pool {

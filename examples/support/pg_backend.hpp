@@ -59,7 +59,7 @@ std::invoke_result_t<Function&, pg::Connection&> run_on(pg::Connection& connecti
 class PgClient {
  public:
   PgClient(const pg::Settings& settings, std::size_t connections, std::chrono::milliseconds timeout)
-      : pool_([&](auto executor) { return pg::Pool(executor, settings, connections); }, timeout) {}
+      : pool_(timeout, settings, connections) {}
 
   // [readme]
   /// Runs `function(connection)` on the worker. It has ended when this returns, so it may refer to the caller's locals.

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Connections of Boost.Redis that reconnect, and requests that may be given up. For SharedClient, or any other bridge.
+// Connections of Boost.Redis that reconnect, and requests that may be given up.
 
 #ifndef RUNTIME_BRIDGE_EXAMPLES_REDIS_HPP
 #define RUNTIME_BRIDGE_EXAMPLES_REDIS_HPP
-
-#include <runtime_bridge.hpp>
 
 #include <boost/asio/co_spawn.hpp>
 #include <boost/asio/detached.hpp>
@@ -24,6 +22,7 @@
 
 #include "support/asio.hpp"
 #include "support/backends.hpp"
+#include "support/shared_client.hpp"
 
 /// What the server says about a command that it refuses.
 struct RedisRefusal : std::runtime_error {
@@ -152,11 +151,10 @@ class RedisConnection {
 /// One connection for all callers, and others for commands that block: behind those, all other requests would wait.
 class RedisClient {
  public:
-  RedisClient(asio::any_io_executor executor, boost::redis::config config)
-      : executor_(std::move(executor)), config_(std::move(config)) {}
-
-  void use(const runtime_bridge::RuntimeBridge& bridge) { bridge_ = &bridge; }
-  void close() {
+  RedisClient(Bridge bridge, boost::redis::config config) : bridge_(std::move(bridge)), config_(std::move(config)) {}
+  RedisClient(const RedisClient&) = delete;
+  RedisClient& operator=(const RedisClient&) = delete;
+  ~RedisClient() {
     if (shared_) RedisConnection::close(shared_);
     for (const auto& connection : idle_) RedisConnection::close(connection);
   }
@@ -192,15 +190,18 @@ class RedisClient {
   }
 
  private:
+  static asio::awaitable<void> run([[maybe_unused]] Bridge bridge, std::shared_ptr<RedisConnection> connection) {
+    co_await RedisConnection::run(std::move(connection));
+  }
+
   std::shared_ptr<RedisConnection> connect(const boost::redis::config& config) {
-    auto connection = std::make_shared<RedisConnection>(executor_, config);
-    bridge_->submit(RedisConnection::run(connection)).detach();
+    auto connection = std::make_shared<RedisConnection>(bridge_->get_executor(), config);
+    bridge_->submit(run(bridge_, connection)).detach();
     return connection;
   }
 
-  asio::any_io_executor executor_;
+  Bridge bridge_;
   boost::redis::config config_;
-  const runtime_bridge::RuntimeBridge* bridge_ = nullptr;
   std::shared_ptr<RedisConnection> shared_;
   std::vector<std::shared_ptr<RedisConnection>> idle_;
 };

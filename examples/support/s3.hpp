@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <asio/any_io_executor.hpp>
 #include <asio/awaitable.hpp>
 #include <asio/post.hpp>
 #include <asio/use_awaitable.hpp>
@@ -369,7 +370,8 @@ struct Page {
 /// once. If it says that this machine's clock is wrong, later requests have the server's time.
 class Bucket {
  public:
-  Bucket(curl::Client client, Settings settings) : client_(std::move(client)), settings_(std::move(settings)) {}
+  Bucket(asio::any_io_executor executor, Settings settings, curl::Options options = {})
+      : client_(std::move(executor), options), settings_(std::move(settings)) {}
 
   /// Creates the bucket if it does not exist.
   asio::awaitable<void> create() {
@@ -466,9 +468,6 @@ class Bucket {
       query["continuation-token"] = page.next;
     }
   }
-
-  /// Aborts all requests and closes the connections. Call it on the executor's thread.
-  void close() noexcept { client_.close(); }
 
  private:
   static constexpr int max_redirects = 5;

@@ -6,6 +6,7 @@
 #define RUNTIME_BRIDGE_EXAMPLES_SHARED_CLIENT_HPP
 
 #include <runtime_bridge.hpp>
+#include <runtime_bridge/hosted.hpp>
 
 #include <chrono>
 #include <memory>
@@ -32,57 +33,70 @@ asio::awaitable<Outcome<T>> outcome_of(asio::awaitable<T> task, BackendError (*d
 }
 
 // [readme]
-/// Copies are cheap: they share one bridge, whose worker starts with the first call, and one client. `Client` has a
-/// function close(), which ends its connections. If it needs tasks in the background, it has a function use(bridge),
-/// and submits them to this bridge. `describe` is as in `outcome_of`.
+/// A bridge for clients that have tasks in the background, which hold it until they end.
+using Bridge = std::shared_ptr<const runtime_bridge::RuntimeBridge>;
+
+/// Copies are cheap: they share one bridge, and one client that lives on its worker. The client is made there as
+/// `Client(executor, args...)`, or, if it has tasks in the background, as `Client(bridge, args...)`. Its destructor
+/// runs there, too, and asks these tasks to end. `describe` is as in `outcome_of`.
 template <class Client, BackendError (*describe)()>
 class SharedClient {
-  struct Shared {
-    template <class Make>
-    explicit Shared(Make make) : client(make(bridge.get_executor())) {
-      if constexpr (requires { client.use(bridge); }) client.use(bridge);
-    }
-    Shared(const Shared&) = delete;
-    Shared& operator=(const Shared&) = delete;
-    // A task may own the last copy. This then runs on the worker, where block_on is refused and close() may be called.
-    ~Shared() {
-      const auto closed = bridge.block_on([&] { client.close(); });
-      if (!closed && closed.error() == runtime_bridge::BridgeError::WouldDeadlock) client.close();
-      // Wait for the tasks in the background. If the bridge were stopped under them, they could use what is destroyed.
-      bridge.shutdown(runtime_bridge::Shutdown::drain, std::chrono::seconds(10));
-    }
-    runtime_bridge::RuntimeBridge bridge{{.start = runtime_bridge::Start::lazy}};
-    Client client;  // declared last: its connections must be destroyed before the bridge
-  };
-
  public:
-  /// `make(executor)` returns the client.
-  template <class Make>
-  SharedClient(Make make, std::chrono::milliseconds timeout)
-      : shared_(std::make_shared<Shared>(std::move(make))), timeout_(timeout) {}
+  template <class... Args>
+  explicit SharedClient(std::chrono::milliseconds timeout, Args&&... args)
+      : shared_(std::make_shared<Shared>(std::forward<Args>(args)...)), timeout_(timeout) {}
 
   /// Runs `function(client)`, which returns an awaitable, on the worker. It has ended when this returns, so it may
   /// refer to the caller's locals.
   template <class Function>
   auto call(Function function) const {
-    const auto task = [&] { return outcome_of(function(shared_->client), describe); };
-    return flatten(shared_->bridge.block_on_for(task, timeout_));
+    const auto task = [&](Client& client) { return outcome_of(function(client), describe); };
+    return flatten(shared_->client.call_for(timeout_, task));
   }
   // [/readme]
 
   /// Starts `function(client)` and does not wait. The task must own its data.
   template <class Function>
   auto submit(Function function) const {
-    return shared_->bridge.submit(
-        [shared = shared_, function = std::move(function)] { return outcome_of(function(shared->client), describe); });
+    return bridge().submit(
+        [shared = shared_, function = std::move(function)] { return outcome_of(function(shared->hosted), describe); });
   }
-  [[nodiscard]] const runtime_bridge::RuntimeBridge& bridge() const { return shared_->bridge; }
+  [[nodiscard]] const runtime_bridge::RuntimeBridge& bridge() const { return *shared_->drained.bridge; }
   [[nodiscard]] std::chrono::milliseconds timeout() const { return timeout_; }
 
   /// For the calls of this copy.
   void set_timeout(std::chrono::milliseconds timeout) { timeout_ = timeout; }
 
  private:
+  /// Waits for the tasks in the background. If the bridge were stopped under them, they could use what is destroyed. On
+  /// the worker, which may drop the last copy, this does not wait, and the last of the tasks destroys the bridge.
+  struct Drained {
+    Drained() = default;
+    Drained(const Drained&) = delete;
+    Drained& operator=(const Drained&) = delete;
+    ~Drained() { bridge->shutdown(runtime_bridge::Shutdown::drain, std::chrono::seconds(10)); }
+
+    Bridge bridge = std::make_shared<const runtime_bridge::RuntimeBridge>();
+  };
+
+  struct Shared {
+    template <class... Args>
+    explicit Shared(Args&&... args) : client(host(drained.bridge, std::forward<Args>(args)...)) {}
+
+    template <class... Args>
+    static runtime_bridge::Hosted<Client> host(const Bridge& bridge, Args&&... args) {
+      if constexpr (std::is_constructible_v<Client, const Bridge&, Args...>) {
+        return runtime_bridge::Hosted<Client>(*bridge, bridge, std::forward<Args>(args)...);
+      } else {
+        return runtime_bridge::Hosted<Client>(*bridge, std::forward<Args>(args)...);
+      }
+    }
+
+    Drained drained;  // declared first: the client must ask its tasks to end before they are waited for
+    runtime_bridge::Hosted<Client> client;
+    Client& hosted = *runtime_bridge::unwrap(client.call([](Client& c) { return &c; }));  // for tasks on the worker
+  };
+
   std::shared_ptr<Shared> shared_;
   std::chrono::milliseconds timeout_;
 };
