@@ -12,6 +12,7 @@
 #include <array>
 #include <asio/awaitable.hpp>
 #include <asio/buffer.hpp>
+#include <asio/experimental/awaitable_operators.hpp>
 #include <asio/steady_timer.hpp>
 #include <asio/use_awaitable.hpp>
 #include <atomic>
@@ -95,6 +96,19 @@ class S3ObjectStore final : public ObjectStore {
     co_return address;
   }
 
+  static awaitable<std::optional<std::vector<std::string>>> next_page(s3::Bucket& bucket,
+                                                                      std::shared_ptr<s3::Bucket::List> list,
+                                                                      milliseconds timeout) {
+    using namespace asio::experimental::awaitable_operators;
+    auto page = bucket.next_page(*list);
+    if (timeout == milliseconds::max()) co_return co_await std::move(page);
+    asio::steady_timer timer(co_await asio::this_coro::executor, timeout);
+    auto limit = timer.async_wait(asio::use_awaitable);
+    auto first = co_await (std::move(page) || std::move(limit));
+    if (first.index() == 1) throw BackendError{BackendError::TimedOut, "the server did not list in time"};
+    co_return std::get<0>(std::move(first));
+  }
+
   // Whoever waits at the other end of the pipe learns how the transfer ended.
   static awaitable<void> download(s3::Bucket& bucket, std::string address, std::shared_ptr<Pipe> pipe) {
     try {
@@ -142,10 +156,23 @@ class S3ObjectStore final : public ObjectStore {
   Outcome<bool> has(const std::string& address) override {
     return bucket_.call([&](s3::Bucket& bucket) { return bucket.exists(key(address)); });
   }
+  /// The timeout is for each of the requests that a long list takes.
   Outcome<std::vector<std::string>> list() override {
-    Outcome<std::vector<std::string>> keys = bucket_.call([&](s3::Bucket& bucket) { return bucket.list(folder); });
-    if (keys) std::ranges::for_each(*keys, [](std::string& key) { key.erase(0, folder.size()); });
-    return keys;
+    const auto list = std::make_shared<s3::Bucket::List>(s3::Bucket::List{folder});
+    const auto next = [list, timeout = bucket_.timeout()](s3::Bucket& b) { return next_page(b, list, timeout); };
+    std::vector<std::string> addresses;
+    try {
+      for (const std::vector<std::string>& keys : bucket_.range(next)) {
+        for (const std::string& key : keys) addresses.push_back(key.substr(folder.size()));
+      }
+    } catch (const std::system_error& e) {
+      if (e.code().category() != make_error_code(runtime_bridge::BridgeError::WorkerDead).category()) throw;
+      const auto kind = static_cast<runtime_bridge::BridgeError::Kind>(e.code().value());
+      return Failure(failure(kind).error());
+    } catch (...) {
+      return Failure(describe_s3_error());
+    }
+    return addresses;
   }
   Outcome<void> remove(const std::string& address) override {
     return bucket_.call([&](s3::Bucket& bucket) { return bucket.remove(key(address)); });

@@ -449,23 +449,42 @@ class Bucket {
     check_done(response);
   }
 
-  /// Returns all keys that start with the prefix.
-  asio::awaitable<std::vector<std::string>> list(std::string prefix) {
-    std::vector<std::string> keys;
-    std::set<std::string> tokens;
+  /// How far a list of the keys that start with a prefix has come.
+  struct List {
+    std::string prefix{};
+    std::set<std::string> tokens{};
+    std::string next{};  // a token; empty at the beginning
+    bool is_complete = false;
+  };
+
+  /// Returns the next keys of the list, or nothing after the last.
+  asio::awaitable<std::optional<std::vector<std::string>>> next_page(List& list) {
+    if (list.is_complete) co_return std::nullopt;
     // With the encoding, keys may contain what XML cannot.
     std::map<std::string, std::string> query = {{"encoding-type", "url"},
                                                 {"list-type", "2"},
                                                 {"max-keys", std::to_string(settings_.page_size)},
-                                                {"prefix", prefix}};
+                                                {"prefix", list.prefix}};
+    if (!list.next.empty()) query["continuation-token"] = list.next;
+    const curl::Response response = co_await send(request(settings_, "GET", {}, query));
+    check(response);
+    Page page = read_page(response, list.prefix);
+    list.is_complete = page.next.empty();
+    if (!list.is_complete && !list.tokens.insert(page.next).second) {
+      throw error_of(response, "the same part of the list again");
+    }
+    list.next = std::move(page.next);
+    co_return std::move(page.keys);
+  }
+
+  /// Returns all keys that start with the prefix.
+  asio::awaitable<std::vector<std::string>> list(std::string prefix) {
+    List list{std::move(prefix)};
+    std::vector<std::string> keys;
     for (;;) {
-      const curl::Response response = co_await send(request(settings_, "GET", {}, query));
-      check(response);
-      Page page = read_page(response, prefix);
-      keys.insert(keys.end(), page.keys.begin(), page.keys.end());
-      if (page.next.empty()) co_return keys;
-      if (!tokens.insert(page.next).second) throw error_of(response, "the same part of the list again");
-      query["continuation-token"] = page.next;
+      const std::optional<std::vector<std::string>> page = co_await next_page(list);
+      if (!page) co_return keys;
+      keys.insert(keys.end(), page->begin(), page->end());
     }
   }
 

@@ -7,6 +7,7 @@
 
 #include <runtime_bridge.hpp>
 #include <runtime_bridge/hosted.hpp>
+#include <runtime_bridge/range.hpp>
 
 #include <chrono>
 #include <memory>
@@ -60,6 +61,13 @@ class SharedClient {
   auto submit(Function function) const {
     return bridge().submit(
         [shared = shared_, function = std::move(function)] { return outcome_of(function(shared->hosted), describe); });
+  }
+  /// The items that the coroutine `next(client)` gives, each fetched while the one before it is used.
+  template <class Next>
+  auto range(Next next) const {
+    return runtime_bridge::range(
+        bridge(), [shared = shared_, next = std::move(next)] { return next(shared->hosted); },
+        runtime_bridge::prefetch(1));
   }
   [[nodiscard]] const runtime_bridge::RuntimeBridge& bridge() const { return *shared_->drained.bridge; }
   [[nodiscard]] std::chrono::milliseconds timeout() const { return timeout_; }
