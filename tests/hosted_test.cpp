@@ -870,11 +870,7 @@ TEST_CASE("hosted: a forked child may host on a bridge of its own", "[child]") {
 // ---------------------------------------------------------------------------------------------------------------------
 // Races
 
-#ifdef SANITIZED
-constexpr int rounds = 300;
-#else
 constexpr int rounds = 1000;
-#endif
 
 // Race: the destructor's call arrives before, while and after the bridge is ended by another thread.
 TEST_CASE("hosted: destroyed while another thread ends the bridge", "[race]") {

@@ -291,12 +291,12 @@ TEST_CASE("limit: ends, deadlines and stops race for turns, and none is lost", "
 }
 
 TEST_CASE("limit: shutdown races those that wait", "[race]") {
-  for (int round = 0; round < 200; ++round) {
+  for (int round = 0; round < 1'000; ++round) {
     std::vector<JoinHandle<int>> handles;
     RuntimeBridge bridge(limited(1));
     for (int i = 0; i < 8; ++i) handles.push_back(bridge.submit(seven));
     const auto how = round % 2 == 0 ? Shutdown::cancel : Shutdown::drain;
-    const bool all = bridge.shutdown(how, std::chrono::microseconds(round % 3 == 0 ? 0 : 100 * round));
+    const bool all = bridge.shutdown(how, std::chrono::microseconds(round % 3 == 0 ? 0 : 100 * (round % 50)));
     for (auto& handle : handles) {
       const auto result = handle.join();
       if (result) continue;

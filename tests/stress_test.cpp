@@ -13,7 +13,10 @@
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <optional>
 #include <random>
+#include <runtime_bridge/hosted.hpp>
+#include <runtime_bridge/range.hpp>
 #include <semaphore>
 #include <sstream>
 
@@ -25,6 +28,7 @@ extern "C" const char* __tsan_default_suppressions() {
 
 using namespace stress;
 using runtime_bridge::CallInfo;
+using runtime_bridge::Hosted;
 using runtime_bridge::poll_every;
 using runtime_bridge::Shutdown;
 using runtime_bridge::Stats;
@@ -75,6 +79,7 @@ class World : public Ground {
     }
     pool.join();
     if (!comes([&] { return ends_told_ == ends_awaited_; })) violation("an end was not told");
+    if (!comes([&] { return guests_ == 0; })) violation("a hosted object is never destroyed");
   }
 
   void operate(Dice& schedule, const Path& path) {
@@ -84,10 +89,11 @@ class World : public Ground {
     if (roll < 32) return call(dice, path);
     if (roll < 36) return call_operation(dice, path);
     if (roll < 56) return submit(dice, path);
-    if (roll < 57) return stray(dice, path);
-    if (roll < 58) return look(dice, path);
-    if (roll < 60) return shut(dice, path);
-    if (roll < 61) return move(dice, path);
+    if (roll < 57) return dice.one_in(2) ? host(dice, path) : loop(dice, path);
+    if (roll < 58) return stray(dice, path);
+    if (roll < 59) return look(dice, path);
+    if (roll < 61) return shut(dice, path);
+    if (roll < 62) return move(dice, path);
     replace(dice, path);
   }
 
@@ -267,6 +273,82 @@ class World : public Ground {
     if (!record.ring_possible) record.check(record.frames == 0, "the handle's destructor did not wait");
   }
 
+  /// The error of something that was tried on a bridge must have a reason.
+  void explain(BridgeError::Kind kind, const History& history, const Path& path) {
+    const bool known_ring =
+        std::find_if(path.begin(), path.end(), [&](auto& h) { return h.get() == &history; }) != path.end();
+    switch (kind) {
+      case BridgeError::WorkerDead:
+        if (!history.closing) violation("the worker is not dead");
+        break;
+      case BridgeError::ResponseLost:
+        if (!history.hard) violation("lost without a reason");
+        break;
+      case BridgeError::Cancelled:
+        if (!history.cancelled) violation("nobody has cancelled it");
+        break;
+      case BridgeError::WouldDeadlock:
+        if (!known_ring && (ordered_ || path.empty())) violation("a ring where none can be");
+        break;
+      default: violation("an error that cannot be");
+    }
+  }
+  /// The same for what `unwrap` throws.
+  void explain(const std::system_error& e, const History& history, const Path& path) {
+    if (e.code().category() != make_error_code(BridgeError::WorkerDead).category()) return violation(e.what());
+    explain(static_cast<BridgeError::Kind>(e.code().value()), history, path);
+  }
+
+  struct Guest {
+    explicit Guest(std::atomic<std::int64_t>& a) : alive(a) { ++alive; }
+    Guest(const Guest&) = delete;
+    Guest& operator=(const Guest&) = delete;
+    ~Guest() { --alive; }
+    std::atomic<std::int64_t>& alive;
+    int calls = 0;  // not atomic: all calls are on the worker
+  };
+
+  void host(Dice& dice, const Path& path) {
+    const auto bridge = take(dice, path);
+    try {
+      const Hosted<Guest> hosted(bridge->bridge, guests_);
+      for (int i = 1; i <= 2; ++i) {
+        const auto calls = hosted.call([](Guest& guest) { return ++guest.calls; });
+        if (!calls) return explain(calls.error().kind(), *bridge->history, path);
+        if (*calls != i) violation("a hosted object has forgotten a call");
+      }
+    } catch (const std::system_error& e) {
+      explain(e, *bridge->history, path);
+    }
+  }
+
+  void loop(Dice& dice, const Path& path) {
+    const auto bridge = take(dice, path);
+    const bool throws = dice.one_in(4);
+    const int leaves_at = dice.under(6);
+    const auto next = [n = 0, throws]() mutable -> awaitable<std::optional<int>> {
+      const int item = n++;
+      return [](int i, bool boom) -> awaitable<std::optional<int>> {
+        if (i % 2 == 1) co_await asio::post(use_awaitable);
+        if (i == 3 && boom) throw Boom{3};
+        co_return i < 4 ? std::optional(i) : std::nullopt;
+      }(item, throws);
+    };
+    int expected = 0;
+    try {
+      const auto ahead = runtime_bridge::prefetch(static_cast<std::size_t>(dice.under(3)));
+      for (const int item : runtime_bridge::range(bridge->bridge, next, ahead)) {
+        if (item != expected++) violation("a range loses an item");
+        if (item == leaves_at) return;
+      }
+      if (expected != 4 || throws) violation("a range ends early");
+    } catch (const Boom&) {
+      if (!throws || expected != 3) violation("a range throws at the wrong item");
+    } catch (const std::system_error& e) {
+      explain(e, *bridge->history, path);
+    }
+  }
+
   void shut(Dice& dice, const Path& path) {
     const auto bridge = take(dice, path);
     History& history = *bridge->history;
@@ -326,6 +408,7 @@ class World : public Ground {
   const std::uint64_t seed_;
   const bool ordered_;  // workers wait only for bridges of their own level or a higher one, so there are no rings
   std::atomic<std::int64_t> ends_awaited_{0}, ends_told_{0};
+  std::atomic<std::int64_t> guests_{0};                 // the hosted objects
   std::array<std::shared_ptr<Bridge>, slots> bridges_;  // guarded by `mutex`
 };
 
