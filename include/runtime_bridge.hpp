@@ -3842,6 +3842,7 @@ inline RuntimeBridge& RuntimeBridge::shared() {
     options.thread_name = "shared-bridge";
     options.start = Start::lazy;
     auto made = std::make_unique<Shared>(Shared{RuntimeBridge(std::move(options)), current});
+    // Branch not covered: needs two threads at once.
     if (newest.compare_exchange_strong(current, made.get())) current = made.release();
   }
   return current->bridge;

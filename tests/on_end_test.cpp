@@ -266,7 +266,10 @@ TEST_CASE("on_end: calls in it are refused on the same bridge") {
 }
 
 TEST_CASE("on_end: in a forked child a call is refused, and the parent's do not end", "[child]") {
-  const RuntimeBridge bridge;
+  std::atomic<int> strays{0};
+  Options options;
+  options.on_stray_exception = [&](const std::exception_ptr&) { ++strays; };
+  const RuntimeBridge bridge(options);
   std::atomic<int> ends{0};
   std::binary_semaphore may_end(0);
   bridge.submit([&] { may_end.acquire(); }, [&](const Result<void>&) { ++ends; });
@@ -274,7 +277,8 @@ TEST_CASE("on_end: in a forked child a call is refused, and the parent's do not 
           std::optional<Outcome> refused;
           bridge.submit([] {}, [&](const Result<void>& result) { refused = outcome(result); });
           if (refused != worker_dead) return 1;
-          return ends == 0 ? 0 : 2;
+          bridge.submit([] {}, [](const Result<void>&) { throw std::runtime_error("no hook is called here"); });
+          return ends == 0 && strays == 0 ? 0 : 2;
         }) == 0);
   may_end.release();
   unwrap(bridge.block_on([] {}));

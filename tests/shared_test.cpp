@@ -17,7 +17,9 @@ namespace {
 /// Its destructor runs at the end of the process, and uses the bridge.
 struct AtExit {
   ~AtExit() {
-    if (armed && RuntimeBridge::shared().block_on([] { return 1; }) != 1) std::abort();
+    if (!armed) return;
+    if (RuntimeBridge::shared().block_on([] { return 1; }) != 1) std::abort();
+    RuntimeBridge::shared().shutdown(Shutdown::drain);  // valgrind would see its thread
   }
   bool armed = false;
 } at_exit;

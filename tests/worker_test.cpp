@@ -135,6 +135,23 @@ TEST_CASE("start: without descriptors the constructor fails") {
   CHECK(RuntimeBridge::create()->block_on([] { return 1; }) == 1);
 }
 
+TEST_CASE("start: without descriptors a lazy bridge has an executor, and who uses it fails") {
+  const RuntimeBridge bridge(lazy());
+  bool thrown = false;
+  {
+    const Limit limit(RLIMIT_NOFILE, 0);
+    const auto executor = bridge.get_executor();
+    try {
+      const asio::steady_timer timer(executor);
+    } catch (const AsioError&) {
+      thrown = true;
+    }
+  }
+  CHECK(thrown);
+  asio::steady_timer timer(bridge.get_executor(), 0s);
+  CHECK(bridge.block_on(timer.async_wait(asio::deferred)));
+}
+
 TEST_CASE("start: without a thread the constructor fails", "[child][limit]") {
   // In a child process, since Catch2 may need memory under the limit.
   CHECK(in_child_process([] {
