@@ -2499,7 +2499,7 @@ class Worker : public std::enable_shared_from_this<Worker> {
                                    const Stop& stop, const SourceLocation& where, std::string* name);
 
   /// Sends the call to the worker, or completes it with the reason why it is not sent.
-  void submit(const std::shared_ptr<Call>& call, const SourceLocation& where, std::string* name);
+  void submit(std::shared_ptr<Call> call, const SourceLocation& where, std::string* name);
 
   /// Waits until the call is completed, and tells of a slow call. If the call is to be cancelled before, returns why:
   /// `deadline`, of any clock, has passed, or `poll`, which may be null, has requested a stop.
@@ -2554,8 +2554,9 @@ class Worker : public std::enable_shared_from_this<Worker> {
   };
 
   /// Admits the call and sends it to the worker, or returns why not. Whatever happens, a call that was sent will be
-  /// completed. A caller that is going to wait for it gives `wait`, others give `self`, which keeps the call.
-  std::optional<BridgeError> send(Call& call, WaitScope* wait, std::shared_ptr<Call> self);
+  /// completed. A caller that is going to wait for it gives `wait`, others give `self`, which then keeps the call: it
+  /// is moved from, so that the worker may be the one to destroy the call.
+  std::optional<BridgeError> send(Call& call, WaitScope* wait, std::shared_ptr<Call>* self);
 
   /// Starts a call that has arrived, unless it was cancelled or the worker is being stopped. Or lets it wait.
   void begin(CallRef ref) noexcept;
@@ -2717,7 +2718,8 @@ RUNTIME_BRIDGE_COMPILE_ONCE(std::optional<BridgeError::Kind> Worker::wait(Call&,
 // What is compiled once, if that is asked for. In the order of a call's life, and then of the worker's.
 #ifndef RUNTIME_BRIDGE_DECLARATIONS_ONLY
 
-RUNTIME_BRIDGE_INLINE std::optional<BridgeError> Worker::send(Call& call, WaitScope* wait, std::shared_ptr<Call> self) {
+RUNTIME_BRIDGE_INLINE std::optional<BridgeError> Worker::send(Call& call, WaitScope* wait,
+                                                              std::shared_ptr<Call>* self) {
   const auto dead = [](const char* why, std::exception_ptr cause = nullptr) {
     return BridgeError(BridgeError::WorkerDead, std::move(cause), static_text(why));
   };
@@ -2737,7 +2739,7 @@ RUNTIME_BRIDGE_INLINE std::optional<BridgeError> Worker::send(Call& call, WaitSc
   }
   admission.sent();
   registry_.add(call.record());
-  context_.post(call.start_memory(), [ref = call.send_to(*this, std::move(self))]() mutable {
+  context_.post(call.start_memory(), [ref = call.send_to(*this, self ? std::move(*self) : nullptr)]() mutable {
     Worker& worker = ref.call().worker();
     worker.begin(std::move(ref));
   });
@@ -2839,10 +2841,9 @@ RUNTIME_BRIDGE_INLINE void Worker::cancel(Call& call, BridgeError::Kind why) noe
 // Here, because it needs Worker.
 RUNTIME_BRIDGE_INLINE void Call::complete() noexcept { worker_->complete(*this); }
 
-RUNTIME_BRIDGE_INLINE void Worker::submit(const std::shared_ptr<Call>& call, const SourceLocation& where,
-                                          std::string* name) {
+RUNTIME_BRIDGE_INLINE void Worker::submit(std::shared_ptr<Call> call, const SourceLocation& where, std::string* name) {
   call->record().describe(where, name, std::chrono::steady_clock::now());
-  auto refusal = send(*call, nullptr, call);
+  auto refusal = send(*call, nullptr, &call);
   if (!refusal) return;
   note_end(*call, refusal->kind());
   call->refuse(*std::move(refusal));
@@ -3383,11 +3384,11 @@ void own(TaskCall<typename TaskTraits<std::decay_t<Task>>::Called>& call, void* 
 
 /// Submits a call. Not inlined, so that call sites stay small. `own` makes it own the task.
 template <class Called>
-[[gnu::noinline]] void submit(const std::shared_ptr<Worker>& worker, const std::shared_ptr<TaskCall<Called>>& call,
+[[gnu::noinline]] void submit(const std::shared_ptr<Worker>& worker, std::shared_ptr<TaskCall<Called>> call,
                               void (*own)(TaskCall<Called>& call, void* task), void* task, const SourceLocation& where,
                               std::string* name) {
   own(*call, task);
-  if (worker) return worker->submit(call, where, name);
+  if (worker) return worker->submit(std::move(call), where, name);
   call->refuse({BridgeError::WorkerDead, nullptr, static_text("the bridge was moved from")});
   try {
     static_cast<Call&>(*call).tell_end();
@@ -3820,8 +3821,8 @@ auto RuntimeBridge::send(std::remove_reference_t<Task>& task, OnEnd& on_end, con
     using Called = typename detail::TaskTraits<std::decay_t<Task>>::Called;
     std::shared_ptr<detail::Worker> worker = worker_;  // the bridge may be destroyed meanwhile
     if constexpr (has_end) {
-      const auto call = std::make_shared<detail::CallWithEnd<Called, OnEnd>>(std::move(on_end));
-      detail::submit<Called>(worker, call, detail::own<Task>, detail::address_of(task), where, name);
+      auto call = std::make_shared<detail::CallWithEnd<Called, OnEnd>>(std::move(on_end));
+      detail::submit<Called>(worker, std::move(call), detail::own<Task>, detail::address_of(task), where, name);
     } else {
       auto call = std::make_shared<detail::TaskCall<Called>>();
       detail::submit<Called>(worker, call, detail::own<Task>, detail::address_of(task), where, name);
