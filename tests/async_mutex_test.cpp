@@ -236,11 +236,14 @@ TEST_CASE("async mutex: coroutines that are destroyed while they wait for a seco
     const auto both = co_await inner.lock();
   };
   // Each pair waits for the other's lock, and the rest for one of them: nothing but channels is left to destroy.
+  // On the worker, so that none starts, and gets both, before all are submitted.
   std::vector<JoinHandle<void>> tasks;
-  for (int i = 0; i < 3; ++i) {
-    tasks.push_back(bridge.submit([&] { return lock(first, second); }));
-    tasks.push_back(bridge.submit([&] { return lock(second, first); }));
-  }
+  unwrap(bridge.block_on([&] {
+    for (int i = 0; i < 3; ++i) {
+      tasks.push_back(bridge.submit([&] { return lock(first, second); }));
+      tasks.push_back(bridge.submit([&] { return lock(second, first); }));
+    }
+  }));
   await_calls(bridge, tasks.size());
   bridge.shutdown(Shutdown::drain, 0s);
   for (auto& task : tasks) CHECK(outcome(task.join()) == response_lost);
