@@ -961,7 +961,7 @@ TEST_CASE("allocation: a loop over a range throws std::bad_alloc, wherever it ru
     scene.works(*bridge);
   };
   for (const std::size_t ahead : {std::size_t{0}, std::size_t{1}, std::size_t{2}}) {
-    sweep(20, [&](Scene& scene) { scenario(scene, ahead, false); });
-    if (ahead != 0) sweep(20, [&](Scene& scene) { scenario(scene, ahead, true); });
+    sweep(10, [&](Scene& scene) { scenario(scene, ahead, false); });
+    if (ahead != 0) sweep(10, [&](Scene& scene) { scenario(scene, ahead, true); });
   }
 }
