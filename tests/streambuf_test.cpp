@@ -744,7 +744,7 @@ TEST_CASE("streams: in a forked child they fail, and what is buffered is not wri
   }
 }
 
-TEST_CASE("streams: 64 MiB through a socket with bounded memory") {
+TEST_CASE("streams: 64 MiB through a socket with bounded memory", "[slow]") {
   RuntimeBridge bridge;
   constexpr std::size_t size = 1024 * kib * 64;
   const std::string block = pattern(65'521);  // does not divide any buffer's size
