@@ -3603,14 +3603,14 @@ class RuntimeBridge {
   template <class F, class... Args>
   [[nodiscard]] Result<detail::TaskValue<detail::InvocationOf<detail::Unnamed<F>, Args...>>> call(
       F&& f, Args&&... args) const {
-    return invoke<F>((detail::SteadyTime::max)(), f, std::forward<Args>(args)...);
+    return invoke<F>((detail::SteadyTime::max)(), nullptr, f, std::forward<Args>(args)...);
   }
 
   /// `call` with a deadline: this long from now. See `block_on_for`.
   template <class Rep, class Period, class F, class... Args>
   [[nodiscard]] Result<detail::TaskValue<detail::InvocationOf<detail::Unnamed<F>, Args...>>> call_for(
       std::chrono::duration<Rep, Period> timeout, F&& f, Args&&... args) const {
-    return invoke<F>(detail::time_after(timeout), f, std::forward<Args>(args)...);
+    return invoke<F>(detail::time_after(timeout), nullptr, f, std::forward<Args>(args)...);
   }
 
   /// Runs a task on the worker without waiting. The task must own its data, since it may outlive the caller.
@@ -3678,23 +3678,22 @@ class RuntimeBridge {
     }
   }
 
-  /// What `call` does, with or without a deadline.
+  /// What `call` does, with or without a deadline. `name` is moved from, or null.
   template <class F, class... A>
   Result<detail::TaskValue<detail::InvocationOf<detail::Unnamed<F>, A...>>> invoke(detail::SteadyTime deadline,
+                                                                                   std::string* name,
                                                                                    std::remove_reference_t<F>& f,
                                                                                    A&&... a) const {
-    using Invocation = detail::InvocationOf<detail::Unnamed<F>, A...>;
     constexpr bool fits = std::invocable<detail::Unnamed<F>, A...>;
     static_assert(fits, "runtime_bridge: call's function cannot be called with these arguments");
     if constexpr (!fits) {
       return detail::failure(BridgeError::WorkerDead, "not a Task");
     } else if constexpr (detail::is_named<std::remove_cvref_t<F>>) {
-      std::string name = std::forward<F>(f).name;
-      Invocation task(std::forward<F>(f).task, std::forward<A>(a)...);
-      return run<Invocation&>(task, deadline, Stop(), SourceLocation(), &name);
+      std::string own_name = std::forward<F>(f).name;
+      return invoke<detail::Unnamed<F>>(deadline, &own_name, f.task, std::forward<A>(a)...);
     } else {
-      Invocation task(std::forward<F>(f), std::forward<A>(a)...);
-      return run<Invocation&>(task, deadline, Stop(), SourceLocation(), nullptr);
+      detail::InvocationOf<F, A...> task(std::forward<F>(f), std::forward<A>(a)...);
+      return run<decltype(task)&>(task, deadline, Stop(), SourceLocation(), name);
     }
   }
 
