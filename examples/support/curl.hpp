@@ -133,6 +133,17 @@ struct Options {
 
 namespace detail {
 
+/// Waits until somebody cancels the timer, which never expires. No wake-up is lost if the coroutine checks its state
+/// before it waits, on the thread that wakes it. Throws if the coroutine itself is cancelled.
+inline asio::awaitable<void> wait_until_woken(asio::steady_timer& timer) {
+  std::error_code woken;
+  co_await timer.async_wait(asio::redirect_error(asio::use_awaitable, woken));
+  const asio::cancellation_state cancellation = co_await asio::this_coro::cancellation_state;
+  if (cancellation.cancelled() != asio::cancellation_type::none) {
+    throw std::system_error(asio::error::operation_aborted);
+  }
+}
+
 class Transfer;
 
 template <auto function>
@@ -538,7 +549,7 @@ class Transfer {
         hungry_ = false;
         pause(CURLPAUSE_CONT);
       } else {
-        co_await wait();
+        co_await wait_until_woken(wake_);
       }
     }
     if (code_ != CURLE_OK) throw Error(code_, error_[0] != '\0' ? error_.data() : curl_easy_strerror(code_));
@@ -664,16 +675,6 @@ class Transfer {
   }
 
   void wake() noexcept { wake_.cancel(); }
-
-  // No wake-up is lost, because the coroutine checks its state before it waits, on the thread that wakes it.
-  asio::awaitable<void> wait() {
-    std::error_code woken;
-    co_await wake_.async_wait(asio::redirect_error(asio::use_awaitable, woken));
-    const asio::cancellation_state cancellation = co_await asio::this_coro::cancellation_state;
-    if (cancellation.cancelled() != asio::cancellation_type::none) {
-      throw std::system_error(asio::error::operation_aborted);
-    }
-  }
 
   std::shared_ptr<Driver> driver_;
   Source source_;

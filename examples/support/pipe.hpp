@@ -9,16 +9,15 @@
 #include <asio/any_io_executor.hpp>
 #include <asio/awaitable.hpp>
 #include <asio/error.hpp>
-#include <asio/redirect_error.hpp>
 #include <asio/steady_timer.hpp>
-#include <asio/this_coro.hpp>
-#include <asio/use_awaitable.hpp>
 #include <cstddef>
 #include <exception>
 #include <span>
 #include <string_view>
 #include <system_error>
 #include <utility>
+
+#include "curl.hpp"
 
 /// It keeps no bytes: `write` returns when all of them have been read, so the faster side waits for the other one. Use
 /// it on the executor's thread only, one read and one write at a time.
@@ -29,7 +28,7 @@ class Pipe {
   /// Waits until there are bytes, and returns how many it has copied. 0 means that the pipe was closed; if that was
   /// with an error, throws the error.
   asio::awaitable<std::size_t> read(std::span<char> room) {
-    while (bytes_.empty() && !closed_) co_await wait();
+    while (bytes_.empty() && !closed_) co_await curl::detail::wait_until_woken(wake_);
     if (bytes_.empty() && error_) std::rethrow_exception(error_);
     const std::size_t size = bytes_.copy(room.data(), room.size());
     bytes_.remove_prefix(size);
@@ -43,7 +42,7 @@ class Pipe {
     const Withdraws end{bytes_};
     bytes_ = bytes;
     wake_.cancel();
-    while (!bytes_.empty() && !closed_) co_await wait();
+    while (!bytes_.empty() && !closed_) co_await curl::detail::wait_until_woken(wake_);
     if (bytes_.empty()) co_return;
     if (error_) std::rethrow_exception(error_);
     throw std::system_error(asio::error::broken_pipe);
@@ -63,16 +62,6 @@ class Pipe {
     std::string_view& bytes;
     ~Withdraws() { bytes = {}; }
   };
-
-  // No wake-up is lost, because the coroutines check the state before they wait, on the thread that wakes them.
-  asio::awaitable<void> wait() {
-    std::error_code woken;
-    co_await wake_.async_wait(asio::redirect_error(asio::use_awaitable, woken));
-    const asio::cancellation_state cancellation = co_await asio::this_coro::cancellation_state;
-    if (cancellation.cancelled() != asio::cancellation_type::none) {
-      throw std::system_error(asio::error::operation_aborted);
-    }
-  }
 
   asio::steady_timer wake_;
   std::string_view bytes_;  // what is left of the current write
