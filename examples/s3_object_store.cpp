@@ -267,12 +267,24 @@ void small_objects(S3ObjectStore store) {
   std::cout << "get of a removed object: " << store.get(addresses[7]).error().message << '\n';
 }
 
+/// Checks what has been used since the peak was `before`, and says what for.
+void check_memory(const std::string& what, long before, long limit) {
+  const long growth = (peak_memory() - before) / 1024;
+  std::cout << what << "; memory use grew by " << growth << " MiB\n";
+  check(growth <= limit, "memory use grew by more than the limit");
+}
+
+/// The same bytes each time. Their number does not divide any buffer's size.
+std::string random_block(unsigned seed) {
+  std::string block(65'521, '\0');
+  std::ranges::generate(block, [engine = std::minstd_rand(seed)]() mutable { return static_cast<char>(engine()); });
+  return block;
+}
+
 /// Gives the same bytes each time, so that the content need not be kept in memory.
 curl::Source generator(std::size_t size) {
-  std::string block(65'521, '\0');  // does not divide any buffer's size
-  std::ranges::generate(block, [engine = std::minstd_rand()]() mutable { return static_cast<char>(engine()); });
   return
-      [block = std::move(block), size, sent = std::size_t{0}](std::span<char> room) mutable -> awaitable<std::size_t> {
+      [block = random_block(1), size, sent = std::size_t{0}](std::span<char> room) mutable -> awaitable<std::size_t> {
         const std::string_view rest = std::string_view(block).substr(sent % block.size());
         const std::size_t n = rest.substr(0, size - sent).copy(room.data(), room.size());
         sent += n;
@@ -302,9 +314,7 @@ void large_object(S3ObjectStore store, long memory_limit) {
   const auto count = [&](std::string_view piece) -> awaitable<void> { co_return void(received += piece.size()); };
   need(store.get(address, [&] { return count; }));
   check(received == size, "the large object has the wrong size");
-  const long growth = (peak_memory() - before) / 1024;
-  std::cout << "streamed: 64 MiB up and down; memory use grew by " << growth << " MiB\n";
-  check(growth <= memory_limit, "memory use grew by more than the limit");
+  check_memory("streamed: 64 MiB up and down", before, memory_limit);
 
   const auto slowly = [&](std::string_view piece) -> awaitable<void> {
     received += piece.size();
@@ -324,8 +334,7 @@ void large_object(S3ObjectStore store, long memory_limit) {
 void large_file(S3ObjectStore store, long memory_limit) {
   constexpr std::size_t size = std::size_t{64} << 20U;
   const RemovedFile path("runtime_bridge_s3_object_store");
-  std::string block(65'521, '\0');
-  std::ranges::generate(block, [engine = std::minstd_rand(2)]() mutable { return static_cast<char>(engine()); });
+  const std::string block = random_block(2);
   s3::Sha256 hash;
   {
     std::ofstream file(path.name, std::ios::binary);
@@ -352,10 +361,7 @@ void large_file(S3ObjectStore store, long memory_limit) {
     same = same && in.eof();
   }));
   check(same, "the file has changed");
-  const long growth = (peak_memory() - before) / 1024;
-  std::cout << "a file of 64 MiB through a std::ostream and back through a std::istream; memory use grew by " << growth
-            << " MiB\n";
-  check(growth <= memory_limit, "memory use grew by more than the limit");
+  check_memory("a file of 64 MiB through a std::ostream and back through a std::istream", before, memory_limit);
   need(store.remove(address));
 }
 
