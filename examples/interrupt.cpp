@@ -27,16 +27,12 @@ namespace {
 using asio::ip::tcp;
 using runtime_bridge::BridgeError;
 
-/// Asks a server, and reads its answer until the server closes the connection.
+/// Asks a server, and returns the first bytes of its answer.
 asio::awaitable<std::string> ask(tcp::socket& socket, tcp::endpoint server) {
   co_await socket.async_connect(server, asio::use_awaitable);
-  std::string answer;
   std::array<char, 512> bytes{};
-  while (socket.is_open()) {
-    const std::size_t size = co_await socket.async_read_some(asio::buffer(bytes), asio::use_awaitable);
-    answer.append(bytes.data(), size);
-  }
-  co_return answer;
+  const std::size_t size = co_await socket.async_read_some(asio::buffer(bytes), asio::use_awaitable);
+  co_return std::string(bytes.data(), size);
 }
 
 // [readme]
