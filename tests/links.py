@@ -12,28 +12,32 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 FOLDERS = "cmake|docs|examples|include|packaging|tests|tools"
 
 
-def anchors(text):
+def prose(page):
+    """The text of a page without its code blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+
+
+def anchors(page):
     """The anchors that GitHub gives to headings."""
     found = set()
-    for title in re.findall(r"^#+ +(.*)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M):
+    for title in re.findall(r"^#+ +(.*)$", prose(page), re.M):
         words = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).lower())
         found.add(words.strip().replace(" ", "-"))
     return found
 
 
 def missing(page):
-    text = page.read_text()
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+    text = prose(page)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
         file = page.parent / path if path else page
         if not file.exists():
             yield f"a link to {target}, which is not there"
-        elif anchor and file.suffix == ".md" and anchor not in anchors(file.read_text()):
+        elif anchor and file.suffix == ".md" and anchor not in anchors(file):
             yield f"a link to {target}, which has no such heading"
-    for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", prose):
+    for path in re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", text):
         if not (ROOT / path).exists():
             yield f"{path}, which is not there"
 
