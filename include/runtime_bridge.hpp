@@ -14,7 +14,7 @@
 #define RUNTIME_BRIDGE_HPP
 
 #define RUNTIME_BRIDGE_VERSION_MAJOR 0
-#define RUNTIME_BRIDGE_VERSION_MINOR 1
+#define RUNTIME_BRIDGE_VERSION_MINOR 2
 #define RUNTIME_BRIDGE_VERSION_PATCH 0
 
 // Contents. Each part knows only those above it.
@@ -249,7 +249,7 @@
 /// *Modules.* A bridge may be passed between the program and its plugins, whatever the visibility of their symbols. Do
 /// not unload a plugin before the bridges that it has called are destroyed: the worker runs its code.
 namespace runtime_bridge {
-inline namespace v0_1 {
+inline namespace v0_2 {
 
 #ifdef __cpp_lib_source_location
 using SourceLocation = std::source_location;
@@ -3849,7 +3849,7 @@ inline RuntimeBridge& RuntimeBridge::shared() {
 }
 
 }  // namespace RUNTIME_BRIDGE_FLAVOUR
-}  // namespace v0_1
+}  // namespace v0_2
 }  // namespace runtime_bridge
 
 template <>

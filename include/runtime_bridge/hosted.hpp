@@ -26,7 +26,7 @@
 #include <utility>
 
 namespace runtime_bridge {
-inline namespace v0_1 {
+inline namespace v0_2 {
 inline namespace RUNTIME_BRIDGE_FLAVOUR {
 
 /// A bridge, and where it is given, for diagnosis: no default argument can follow a constructor's pack.
@@ -171,7 +171,7 @@ class Hosted {
 };
 
 }  // namespace RUNTIME_BRIDGE_FLAVOUR
-}  // namespace v0_1
+}  // namespace v0_2
 }  // namespace runtime_bridge
 
 #endif  // RUNTIME_BRIDGE_HOSTED_HPP

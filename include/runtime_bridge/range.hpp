@@ -13,7 +13,7 @@
 #include <iterator>
 
 namespace runtime_bridge {
-inline namespace v0_1 {
+inline namespace v0_2 {
 inline namespace RUNTIME_BRIDGE_FLAVOUR {
 namespace range_detail {
 
@@ -185,7 +185,7 @@ auto range(const RuntimeBridge& bridge, Next&& next, Prefetch ahead = {},
 }
 
 }  // namespace RUNTIME_BRIDGE_FLAVOUR
-}  // namespace v0_1
+}  // namespace v0_2
 }  // namespace runtime_bridge
 
 #endif  // RUNTIME_BRIDGE_RANGE_HPP

@@ -34,7 +34,7 @@
 #include <vector>
 
 namespace runtime_bridge {
-inline namespace v0_1 {
+inline namespace v0_2 {
 inline namespace RUNTIME_BRIDGE_FLAVOUR {
 namespace stream_detail {
 
@@ -260,7 +260,7 @@ template <class Write, class... Rest>
 ostream(const RuntimeBridge&, Write, Rest...) -> ostream<Write>;
 
 }  // namespace RUNTIME_BRIDGE_FLAVOUR
-}  // namespace v0_1
+}  // namespace v0_2
 }  // namespace runtime_bridge
 
 #endif  // RUNTIME_BRIDGE_STREAMBUF_HPP

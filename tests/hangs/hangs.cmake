@@ -91,7 +91,7 @@ endfunction()
 
 if(MODE STREQUAL "none")
   expect_in_gdb("0 bridges" ${PROGRAM} none stop)
-  expect_in_gdb("the program has no runtime_bridge::v0_1::detail::CallRegistry: it does not use this version of the library"
+  expect_in_gdb("the program has no runtime_bridge::v0_2::detail::CallRegistry: it does not use this version of the library"
     ${BRIDGELESS})
   run(ignored ${STRIP} -g -o ${PROGRAM}.without-g ${PROGRAM})
   expect_in_gdb("the program has no debugging information about its bridges: compile it with -g"

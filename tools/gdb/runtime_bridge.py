@@ -25,7 +25,7 @@ import time
 
 import gdb
 
-NAMESPACE = "runtime_bridge::v0_1::detail"
+NAMESPACE = "runtime_bridge::v0_2::detail"
 
 # std::chrono::steady_clock::time_point::max(): a call without a deadline.
 NO_DEADLINE = 2**63 - 1
