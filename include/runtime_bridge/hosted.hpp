@@ -7,23 +7,7 @@
 
 #include "../runtime_bridge.hpp"
 
-#ifdef RUNTIME_BRIDGE_USE_BOOST_ASIO
-#include <boost/asio/post.hpp>
-#else
-#include <asio/post.hpp>
-#endif
-
 #include <unistd.h>
-
-#include <atomic>
-#include <chrono>
-#include <functional>
-#include <memory>
-#include <new>
-#include <optional>
-#include <thread>
-#include <type_traits>
-#include <utility>
 
 namespace runtime_bridge {
 inline namespace v0_2 {
@@ -31,9 +15,8 @@ inline namespace RUNTIME_BRIDGE_FLAVOUR {
 
 /// A bridge, and where it is given, for diagnosis: no default argument can follow a constructor's pack.
 struct BridgeAt {
-  // Implicit, to take the caller's line. NOLINTNEXTLINE(google-explicit-constructor)
+  // NOLINTNEXTLINE(google-explicit-constructor): an implicit conversion takes the caller's line
   BridgeAt(const RuntimeBridge& b, SourceLocation w = SourceLocation::current()) noexcept : bridge(b), where(w) {}
-
   const RuntimeBridge& bridge;
   SourceLocation where;
 };
@@ -43,11 +26,10 @@ struct BridgeAt {
 ///     Hosted<pg::Pool> pool(bridge, settings, 8);
 ///     auto found = pool.call([&](pg::Pool& p) { return find(p, name); });
 ///
-/// Several threads may call at the same time, but not while another one moves, assigns or destroys the `Hosted`. The
-/// bridge may be destroyed first, or the `Hosted` moved from: calls then return `WorkerDead`. Submitted tasks that use
-/// the object must be over before it is destroyed. Raw handlers and coroutines on the bridge's executor that are no
-/// tasks must not own a `Hosted`: those that the worker leaves behind at its end would keep the bridge's inside, and be
-/// kept.
+/// Several threads may call at the same time, but not while another one moves, assigns or destroys the `Hosted`. Calls
+/// return `WorkerDead` if the bridge is destroyed first, or after a move. Submitted tasks that use the object must be
+/// over before it is destroyed. Raw handlers and detached coroutines on the bridge's executor must not own a `Hosted`:
+/// those that are left when the worker ends would keep the bridge's inside alive, and themselves.
 template <class T>
 class Hosted {
  public:
@@ -80,35 +62,19 @@ class Hosted {
   }
 
   Hosted(Hosted&&) noexcept = default;
-  Hosted& operator=(Hosted&& other) noexcept {
-    Hosted taken(std::move(other));
-    std::swap(bridge_, taken.bridge_);
-    std::swap(hosted_, taken.hosted_);
+  Hosted& operator=(Hosted other) noexcept {
+    std::swap(bridge_, other.bridge_);
+    std::swap(hosted_, other.hosted_);
     return *this;
   }
 
-  /// Destroys the object on the worker and waits for that, in its turn if the bridge has a `max_in_flight`. If the
-  /// bridge was shut down, waits until the calls in flight are over, which may use the object, and destroys it here; so
-  /// it must not run then in a task of the bridge that has moved to another executor.
-  ///
-  /// If waiting would close a ring of bridges, or the bridge refuses the call (`WhenFull::refuse`), the worker destroys
-  /// the object later. A forked child never destroys it. Without memory, tries again until there is some.
+  /// Destroys the object on the worker and waits for that, in its turn if the bridge has a `max_in_flight`. After a
+  /// shutdown, waits until the calls in flight are over, which may use the object, and destroys it here; so it must not
+  /// run then in a task of the bridge that has moved to another executor. If waiting would close a ring of bridges, or
+  /// the bridge refuses the call (`WhenFull::refuse`), the worker destroys the object later. A forked child never
+  /// destroys it. Without memory, tries again until there is some.
   ~Hosted() {
-    if (!hosted_) return;
-    if (hosted_->process != getpid()) {
-      Leak* const leak = insist([&] { return new Leak{std::move(*this), nullptr}; });
-      leak->before = leaks_.exchange(leak);
-      return;
-    }
-    // Where this returns with an object, `hosted_` destroys it here.
-    if (hosted_->worker == std::this_thread::get_id()) return;
-    const auto destroy = [this] { hosted_->object.reset(); };
-    const auto result = insist([&] { return bridge_.block_on(named("~Hosted()", destroy), {}, hosted_->where); });
-    if (result.has_value()) return;
-    const bool closed = result.error() != BridgeError::WouldDeadlock && result.error() != BridgeError::Overloaded;
-    // False without calls in flight: some were cut off, but the worker has ended. False with calls: it did not wait.
-    if (closed && (bridge_.shutdown(Shutdown::drain) || bridge_.in_flight() == 0)) return;
-    insist([&] { post(bridge_.get_executor(), [hosted = hosted_] { hosted->object.reset(); }); });
+    while (hosted_ && !end()) std::this_thread::yield();
   }
 
   /// Calls `f(object)` on the worker; the rest is as for `RuntimeBridge::block_on`. `f` may be `named`.
@@ -130,24 +96,30 @@ class Hosted {
     std::thread::id worker{};
     const pid_t process = getpid();
     std::optional<T> object{};
+    // In a forked child, these keep an object that is never destroyed, where leak checkers find it.
+    std::shared_ptr<State> self{};
+    State* before = nullptr;
   };
 
-  /// Keeps what is never destroyed, where leak checkers find it.
-  struct Leak {
-    Hosted hosted;
-    Leak* before;
-  };
-
-  /// Tries again while there is no memory: a destructor can neither fail nor leave the object behind.
-  template <class Function>
-  static auto insist(Function function) noexcept {
-    for (;;) {
-      try {
-        return function();
-      } catch (const std::bad_alloc&) {
-        std::this_thread::yield();
-      }
+  /// Does what the destructor says. False without memory: a destructor can neither fail nor leave the object behind.
+  bool end() noexcept try {
+    if (hosted_->process != getpid()) {
+      hosted_->before = leaks_.exchange(hosted_.get());
+      hosted_->self = hosted_;
+      return true;
     }
+    // Where this returns true with an object, `hosted_` destroys it here.
+    if (hosted_->worker == std::this_thread::get_id()) return true;
+    const auto destroy = [this] { hosted_->object.reset(); };
+    const auto result = bridge_.block_on(named("~Hosted()", destroy), {}, hosted_->where);
+    if (result.has_value()) return true;
+    const bool closed = result.error() != BridgeError::WouldDeadlock && result.error() != BridgeError::Overloaded;
+    // False without calls in flight: some were cut off, but the worker has ended. False with calls: it did not wait.
+    if (closed && (bridge_.shutdown(Shutdown::drain) || bridge_.in_flight() == 0)) return true;
+    post(bridge_.get_executor(), [hosted = hosted_] { hosted->object.reset(); });
+    return true;
+  } catch (const std::bad_alloc&) {
+    return false;
   }
 
   /// The task that calls `f`, as an rvalue if it was given as one.
@@ -164,7 +136,7 @@ class Hosted {
     }
   }
 
-  static inline std::atomic<Leak*> leaks_{nullptr};
+  static inline std::atomic<State*> leaks_{nullptr};
 
   RuntimeBridge bridge_;
   std::shared_ptr<State> hosted_;
