@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a call costs, beside the other ways to make one. tests/bench/run runs it and makes the README's figures of it.
+// What a call costs, beside the other ways to make one. tests/bench/run runs it and writes docs/numbers.md from it.
 
 #include <runtime_bridge.hpp>
 
@@ -77,8 +77,8 @@ struct Bridge {
 };
 
 // The same without ever spinning.
-struct Parking : Bridge {
-  Parking() : Bridge({.spin_limit = std::chrono::microseconds::zero()}) {}
+struct NoSpinning : Bridge {
+  NoSpinning() : Bridge({.spin_limit = std::chrono::microseconds::zero()}) {}
 };
 
 class Loop {
@@ -104,8 +104,8 @@ struct UseFuture : Loop {
   }
 };
 
-// What a careful user writes: a post, so that the frames come from the worker's cache, and a promise.
-struct ByHand : Loop {
+// What a careful user writes: a post, so that the frames come from the worker's cache, a co_spawn there, and a promise.
+struct PostAndPromise : Loop {
   template <class Task>
   int call(Task&& task) {
     std::promise<int> promise;
@@ -125,7 +125,7 @@ struct ByHand : Loop {
 };
 
 // Without a worker: the same as a blocking system call.
-struct Native {};
+struct Blocking {};
 
 // The same after somebody has used a timer: from then on the worker waits in epoll.
 template <class Way>
@@ -185,7 +185,7 @@ struct Timer {
   static int call(Way& way) {
     return way.call([&] { return sleep(way.executor()); });
   }
-  static int call(Native&) {
+  static int call(Blocking&) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
     return 1;
   }
@@ -247,7 +247,7 @@ class Echo {
     return way.call([&] { return exchange(*socket_); });
   }
 
-  int call(Native&) {
+  int call(Blocking&) {
     Message message{};
     if (::send(mine_, message.data(), message.size(), 0) < 0) return 0;
     return ::recv(mine_, message.data(), message.size(), MSG_WAITALL) == static_cast<ssize_t>(message.size()) ? 1 : 0;
@@ -382,9 +382,9 @@ void submit_many(benchmark::State& state) {
 template <class What>
 void add_ways(const std::string& what, std::initializer_list<int> callers) {
   add<Bridge, What>(what, "bridge", callers);
-  add<Parking, What>(what, "parking", callers);
+  add<NoSpinning, What>(what, "no_spinning", callers);
   add<UseFuture, What>(what, "use_future", callers);
-  add<ByHand, What>(what, "by_hand", callers);
+  add<PostAndPromise, What>(what, "post_and_promise", callers);
 }
 
 }  // namespace
@@ -397,9 +397,9 @@ int main(int argc, char** argv) {
   add<WithReactor<Bridge>, Callable>("reactor", "bridge", {1, 2, 8, 64});
   add<WithReactor<UseFuture>, Callable>("reactor", "use_future", {1, 2, 8, 64});
   add_ways<Echo>("echo", {1, 8});
-  add<Native, Echo>("echo", "native", {1, 8});
+  add<Blocking, Echo>("echo", "blocking", {1, 8});
   add_ways<Timer>("timer", {1, 8});
-  add<Native, Timer>("timer", "native", {1, 8});
+  add<Blocking, Timer>("timer", "blocking", {1, 8});
   benchmark::RegisterBenchmark("floor/futex", ping_pong, false)->UseRealTime();
   benchmark::RegisterBenchmark("floor/spinning", ping_pong, true)->UseRealTime();
   benchmark::RegisterBenchmark("submit/bridge", submit_many)->UseRealTime();
@@ -409,6 +409,11 @@ int main(int argc, char** argv) {
   benchmark::AddCustomContext("worker_bytes", std::to_string(sizeof(runtime_bridge::detail::Worker)));
   benchmark::AddCustomContext("call_bytes", std::to_string(sizeof(Call)));
   benchmark::AddCustomContext("asio", std::to_string(ASIO_VERSION));
+#ifdef __clang__
+  benchmark::AddCustomContext("compiler", __VERSION__);
+#else
+  benchmark::AddCustomContext("compiler", "g++ " __VERSION__);
+#endif
 
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 2;
