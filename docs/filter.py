@@ -29,11 +29,11 @@ SPECIAL_MEMBERS = {
 
 
 # What is no part of the reference: implementation; inline namespaces; specialisations for std; deduction guides, which
-# only say that the obvious arguments are taken; functions that are deleted for a better error message.
+# only say that the obvious arguments are taken; friend classes; functions that are deleted for a better error message.
 HIDDEN = re.compile(
     r"""^namespace\ (\w*detail)\ {\n .*? ^}\ \ //\ namespace\ \1$
       | ^inline\ namespace\ .*?$ | ^}\ \ //\ namespace\ (?:v\d+_\d+|RUNTIME_BRIDGE_FLAVOUR)$
-      | ^template\ <>\nstruct\ std::.*?$
+      | ^template\ <>\nstruct\ std::.*?$ | ^\ *friend\ class\ \w+;$
       | ^template\ <[^\n]*>\n(?:\w+\([^;{]*\)\ ->\ [^;{]*; | \ *requires[^\n]*\n[^;{]*=\ delete;)""",
     re.M | re.S | re.X)
 
