@@ -24,7 +24,7 @@ PUBLIC_TYPES = {
 }
 SPECIAL_MEMBERS = {
     r"(\w+)\(\1&&\)": "Moves.",
-    r"(\w+)& operator=\(\1&&( \w+)?\)": "Moves, and gives up what was there before.",
+    r"(\w+)& operator=\(\1(&&)?( \w+)?\)": "Moves, and gives up what was there before.",
 }
 
 
