@@ -72,6 +72,16 @@ def is_page(path):
     return path.suffix == ".md" and (path.parent == ROOT / "docs" or path == ROOT / "README.md")
 
 
+CODE_AND_LINKS = r"(^ *```.*?^ *```$|`[^`]*`|\]\([^)]*\)|https?://\S*)"
+
+
+def escaped(part):
+    """A part of a page. What Doxygen would take for a command is escaped, except in code and links."""
+    if re.fullmatch(CODE_AND_LINKS, part, flags=re.M | re.S):
+        return part
+    return re.sub(r"(?<!&)([@#%\\])(?=\w)", r"\\\1", part)
+
+
 def markdown(path, text):
     def link(match):
         text, target = match[1], match[2]
@@ -88,6 +98,11 @@ def markdown(path, text):
             return f"[{text}](@ref index)"
         return f"[{text}](@ref {page_id(file)}{'-' * bool(anchor)}{anchor})"
 
+    def image(match):
+        file = (path.parent / match[2]).resolve()
+        return f"![{match[1]}]({file.relative_to(ROOT)})" if file.exists() else match[0]
+
+    text = "".join(escaped(part) for part in re.split(CODE_AND_LINKS, text, flags=re.M | re.S))
     fence = False
     after_title = False
     for line in text.split("\n"):
@@ -101,7 +116,7 @@ def markdown(path, text):
                 # Doxygen would show the tags that it makes of Markdown in a heading with an anchor.
                 line = f"{match[1]} {match[2].replace('`', '').replace('<', '&lt;')} {{#{anchor}}}"
             else:
-                line = re.sub(r"!\[([^]]*)\]\((?:[^)\s]*/)?([^)\s]+)\)", r"![\1](\2)", line)
+                line = re.sub(r"!\[([^]]*)\]\(([^)\s]+)\)", image, line)
                 line = re.sub(r"(?<!!)\[([^]]*)\]\(([^)\s]+)\)", link, line)
         after_title = line.startswith("# ") and not fence
         yield line
