@@ -82,6 +82,11 @@ def escaped(part):
     return re.sub(r"(?<!&)([@#%\\])(?=\w)", r"\\\1", part)
 
 
+def nowhere(target):
+    """Makes Doxygen warn."""
+    return f"@ref {slug(target)}"
+
+
 def markdown(path, text):
     def link(match):
         text, target = match[1], match[2]
@@ -90,7 +95,7 @@ def markdown(path, text):
         name, _, anchor = target.partition("#")
         file = (path.parent / name).resolve() if name else path
         if not file.exists():
-            return f"@ref {slug(target) or 'nothing'}"
+            return nowhere(target)
         if not is_page(file):
             shown = file.relative_to(ROOT).as_posix()
             return text if name in text or shown in text else f"{text} (`{shown}`)"
@@ -100,7 +105,7 @@ def markdown(path, text):
 
     def image(match):
         file = (path.parent / match[2]).resolve()
-        return f"![{match[1]}]({file.relative_to(ROOT)})" if file.exists() else match[0]
+        return f"![{match[1]}]({file.relative_to(ROOT)})" if file.exists() else nowhere(match[2])
 
     text = "".join(escaped(part) for part in re.split(CODE_AND_LINKS, text, flags=re.M | re.S))
     fence = False
