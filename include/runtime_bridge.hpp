@@ -252,6 +252,7 @@ namespace runtime_bridge {
 inline namespace v0_2 {
 
 #ifdef __cpp_lib_source_location
+/// The place of a call, for diagnosis: `std::source_location`, or a class like it if the standard library has none.
 using SourceLocation = std::source_location;
 #else
 /// Stands for `std::source_location`, where the standard library has none, as with clang 14.
@@ -429,6 +430,7 @@ class SignalsBlocked {
 /// Why a call has no value: a kind to act on, and a cause and a message to report.
 class [[nodiscard]] BridgeError {
  public:
+  /// What happened to the call.
   enum Kind {
     WorkerDead = 1,  ///< The task was not started: no worker can run it.
     ResponseLost,    ///< The task threw, or was destroyed before it returned.
@@ -438,20 +440,25 @@ class [[nodiscard]] BridgeError {
     Overloaded,      ///< The task was not started: `Options::max_in_flight` calls are in flight.
   };
 
+  /// `ResponseLost`, without a cause.
   BridgeError() noexcept = default;
+
+  /// An error of this kind. `text`, if it is not null, stands in the message in place of the kind's own text.
   BridgeError(Kind kind, std::exception_ptr cause = nullptr, std::shared_ptr<const char> text = nullptr) noexcept
       : kind_(kind), cause_(std::move(cause)), text_(std::move(text)) {}
 
+  /// What happened to the call.
   [[nodiscard]] Kind kind() const noexcept { return kind_; }
 
   /// What the task threw, or why the worker could not be started; null if neither happened.
   [[nodiscard]] std::exception_ptr cause() const noexcept { return cause_; }
 
-  /// One sentence for a log. It ends with the `what()` of the cause.
+  /// One sentence for a log. It ends with the `what()` of the cause. Throws `std::bad_alloc`.
   [[nodiscard]] std::string message() const;
 
   /// Errors of the same kind are equal, whatever their causes.
   friend bool operator==(const BridgeError& a, const BridgeError& b) noexcept { return a.kind_ == b.kind_; }
+  /// Whether the error is of this kind: `if (result.error() == BridgeError::TimedOut)`.
   friend bool operator==(const BridgeError& a, Kind b) noexcept { return a.kind_ == b; }
 
   /// Writes the message.
@@ -507,6 +514,8 @@ inline std::shared_ptr<const char> static_text(const char* literal) noexcept {
 
 }  // namespace detail
 
+/// The error code of a kind, in a category named "runtime_bridge". Some kinds equal a `std::errc`: `timed_out`,
+/// `operation_canceled`, `resource_deadlock_would_occur`, and `resource_unavailable_try_again` for `Overloaded`.
 inline std::error_code make_error_code(BridgeError::Kind kind) noexcept { return {kind, detail::error_category}; }
 
 namespace detail {
@@ -575,12 +584,14 @@ requires(!std::is_void_v<T>) [[nodiscard]] T unwrap(Result<T>&& result) {
   if (!result.has_value()) detail::throw_error(result.error());
   return *std::move(result);
 }
+/// The same for a result that is kept: its value is copied.
 template <class T>
 requires std::copy_constructible<T>
 [[nodiscard]] T unwrap(const Result<T>& result) {
   if (!result.has_value()) detail::throw_error(result.error());
   return *result;
 }
+/// The same for a call without a value: returns if it succeeded.
 inline void unwrap(const Result<void>& result) {
   if (!result.has_value()) detail::throw_error(result.error());
 }
@@ -636,45 +647,48 @@ enum class State {
 struct CallInfo {
   SourceLocation where;                       ///< Where `block_on` or `submit` was called. Line 0 for `call`.
   std::string name{};                         ///< The one given to `named`, or empty.
-  std::chrono::steady_clock::duration age{};  ///< Since it was called.
-  State state = State::queued;
-  std::thread::id caller{};   ///< The thread that waits; none for a submitted call.
-  std::string caller_name{};  ///< The name that the system has for that thread.
+  std::chrono::steady_clock::duration age{};  ///< Time since it was called.
+  State state = State::queued;                ///< What it is doing.
+  std::thread::id caller{};                   ///< The thread that waits; none for a submitted call.
+  std::string caller_name{};                  ///< The name that the system has for that thread.
   std::optional<std::chrono::steady_clock::time_point> deadline{};  ///< None if the call has no deadline.
 };
 
 /// A call that has ended, or was refused.
 struct CallEnd {
-  SourceLocation where;
-  std::string_view name{};                       ///< Until the hook returns.
+  SourceLocation where;                          ///< As in `CallInfo`.
+  std::string_view name{};                       ///< As in `CallInfo`. Valid until the hook returns.
   std::optional<BridgeError::Kind> error{};      ///< None if the call has a value.
   std::chrono::steady_clock::duration queued{};  ///< From the call to the start of its task, or to its end without one.
-  std::chrono::steady_clock::duration ran{};     ///< From there to its end.
+  std::chrono::steady_clock::duration ran{};     ///< From the start of its task to its end.
 };
 
 /// Counts of a bridge's calls. Each call is counted once when it ends, or is refused: as a value, or as one kind of
 /// error.
 struct Stats {
-  std::uint64_t admitted = 0;  ///< Those that were not refused.
-  std::uint64_t values = 0;
-  std::uint64_t worker_dead = 0;
-  std::uint64_t response_lost = 0;
-  std::uint64_t timed_out = 0;
-  std::uint64_t cancelled = 0;
-  std::uint64_t would_deadlock = 0;
-  std::uint64_t overloaded = 0;
-  std::size_t in_flight = 0;       ///< At the moment.
-  std::size_t most_in_flight = 0;  ///< Ever at the same time, those that waited for their turn included.
+  std::uint64_t admitted = 0;        ///< Calls that were not refused.
+  std::uint64_t values = 0;          ///< Calls that returned a value.
+  std::uint64_t worker_dead = 0;     ///< `BridgeError::WorkerDead`
+  std::uint64_t response_lost = 0;   ///< `BridgeError::ResponseLost`
+  std::uint64_t timed_out = 0;       ///< `BridgeError::TimedOut`
+  std::uint64_t cancelled = 0;       ///< `BridgeError::Cancelled`
+  std::uint64_t would_deadlock = 0;  ///< `BridgeError::WouldDeadlock`
+  std::uint64_t overloaded = 0;      ///< `BridgeError::Overloaded`
+  std::size_t in_flight = 0;         ///< Calls in flight at the moment.
+  std::size_t most_in_flight = 0;    ///< The most ever at the same time, those that waited for their turn included.
 };
 
-/// No limit.
+/// The value of `Options::max_in_flight` for no limit.
 inline constexpr std::size_t unlimited = (std::numeric_limits<std::size_t>::max)();
 
+/// How to make a bridge: its worker, its limits, and hooks that it calls.
+///
 /// Hooks may be called by several threads at the same time. What they throw is dropped. None is called in a forked
 /// child.
 struct Options {
   /// The worker's name in debuggers and process lists; cut to what the system takes (15 bytes on Linux).
   std::string thread_name = "runtime-bridge";
+  /// When the worker thread is made.
   Start start = Start::eager;
   /// Called on the worker with each exception that escapes a raw handler on the bridge's context.
   std::function<void(std::exception_ptr)> on_stray_exception = nullptr;
@@ -682,7 +696,7 @@ struct Options {
   /// a join. Not if the call was cancelled and its task ended because of that. Called where the later of the two
   /// happens: on the worker when the call ends, or on the thread that gives up the handle.
   std::function<void(const BridgeError&)> on_unjoined_error = nullptr;
-  /// The age at which a call is slow.
+  /// The age at which a call is slow, and `on_slow_call` is called. By default, none is.
   std::chrono::nanoseconds slow_after = (std::chrono::nanoseconds::max)();
   /// Called with each call that is slow, on the thread that waits for it (in `block_on`, `join`, `wait_for` or the
   /// handle's destructor), and again each time the call's age has doubled. It may call `RuntimeBridge::report`, and
@@ -693,6 +707,7 @@ struct Options {
   std::function<void(const CallEnd&)> on_call_end = nullptr;
   /// How many tasks may run at the same time. Zero is refused by the constructor (`std::errc::invalid_argument`).
   std::size_t max_in_flight = unlimited;
+  /// What the next call does while `max_in_flight` tasks run.
   WhenFull when_full = WhenFull::wait;
   /// The longest time that a thread busy-waits before it sleeps. A caller busy-waits while its call is the only one in
   /// flight, even past its deadline. After such a call so does the worker, which still serves everything else. With
@@ -721,8 +736,8 @@ void call_hook(const std::function<void(Args...)>& hook, const std::type_identit
 /// A Task with a name. See `named`.
 template <class Task>
 struct Named {
-  std::string name;
-  Task task;
+  std::string name;  ///< For diagnosis.
+  Task task;         ///< The Task itself; a reference if it was given as an lvalue.
 };
 
 /// A Task that does what `task` does, with a name for diagnosis: see `RuntimeBridge::calls`. It borrows a task that is
@@ -1040,14 +1055,18 @@ class PollOf final : public Poll {
 /// standard library has no stop tokens (libc++ without -fexperimental-library), they are left out.
 class Stop {
  public:
+  /// Nobody.
   Stop() = default;
+
+  /// Whoever calls `request_stop` on the token's source.
   // Implicit, since a token is what callers have. NOLINTNEXTLINE(google-explicit-constructor)
   Stop(detail::StopToken token) noexcept : token_(std::move(token)) {}
 
-  // For `poll_every` and the bridge.
+  /// @cond For `poll_every` and the bridge.
   explicit Stop(std::shared_ptr<detail::Poll> poll) noexcept : poll_(std::move(poll)) {}
   const detail::StopToken& token() const noexcept { return token_; }
   detail::Poll* poll() const noexcept { return poll_.get(); }
+  /// @endcond
 
  private:
   detail::StopToken token_{};
@@ -3435,6 +3454,7 @@ class JoinHandle;
 /// *fork.* In a child process every call returns `WorkerDead`, and shutting down or destroying the bridge does nothing.
 class RuntimeBridge {
  public:
+  /// The type of the executor: what an `asio::io_context` has.
   using executor_type = detail::net::io_context::executor_type;
 
   /// Makes the worker. Throws `std::system_error` if the system has no thread, or no descriptors for its reactor (with
@@ -3535,22 +3555,21 @@ class RuntimeBridge {
   /// worker and borrowed until the call is over; a callable without parameters that returns a plain value or void, run
   /// on the worker; or an Asio operation that waits for its completion token.
   ///
-  /// | what happens                                                 | result                                      |
-  /// |--------------------------------------------------------------|---------------------------------------------|
-  /// | the task returns, even if it was cancelled                   | its value                                   |
-  /// | the task throws                                              | `ResponseLost`, with what it threw as cause |
-  /// | the worker is stopped while the task runs, or what the task  | `ResponseLost`, no cause                    |
-  /// | waits for is destroyed                                       |                                             |
-  /// | the bridge was shut down or moved from, its worker has ended | `WorkerDead`; the task is destroyed without |
-  /// | or lives in the parent process, or could not be started      | having run                                  |
-  /// | (then with the cause)                                        |                                             |
-  /// | the deadline passes                                          | the task is cancelled and waited for; then  |
-  /// |                                                              | `TimedOut`, with what it threw as cause     |
-  /// | a stop is requested, or `shutdown(Shutdown::cancel)` called  | the same, `Cancelled`                       |
-  /// | called on the bridge's own worker, or in a way that closes a | `WouldDeadlock`; the task is destroyed      |
-  /// | ring of bridges that wait for each other                     | without having run                          |
-  /// | `max_in_flight` calls are in flight, and `when_full` is      | `Overloaded`; the task is destroyed without |
-  /// | `WhenFull::refuse`                                           | having run                                  |
+  /// | what happens                                                                      | result               |
+  /// |-----------------------------------------------------------------------------------|----------------------|
+  /// | the task returns, even if it was cancelled                                        | its value            |
+  /// | the task throws                                                                   | `ResponseLost`       |
+  /// | the worker is stopped while the task runs, or what it waits for is destroyed      | `ResponseLost`       |
+  /// | the bridge was shut down or moved from, or its worker has ended or did not start  | `WorkerDead`         |
+  /// | the bridge was made by the parent process, before `fork`                          | `WorkerDead`         |
+  /// | the deadline passes                                                               | `TimedOut`           |
+  /// | a stop is requested, or `shutdown(Shutdown::cancel)` called                       | `Cancelled`          |
+  /// | called on the bridge's own worker, or bridges would wait for each other in a ring | `WouldDeadlock`      |
+  /// | `max_in_flight` calls are in flight, and `when_full` is `WhenFull::refuse`        | `Overloaded`         |
+  ///
+  /// With `TimedOut` and `Cancelled`, the task was cancelled and waited for. With `WorkerDead`, `WouldDeadlock` and
+  /// `Overloaded`, it is destroyed without having run. The cause of an error is what the task threw, or why the worker
+  /// did not start; in all other cases it is null.
   ///
   /// The task is over when this returns: its coroutine was destroyed on the worker, and the worker uses nothing of it
   /// any more. So it may hold references to the caller's locals. Throws `std::bad_alloc` if there is no memory to make
@@ -3717,6 +3736,7 @@ class RuntimeBridge {
 template <class T>
 class [[nodiscard]] JoinHandle {
  public:
+  /// A handle without a task.
   JoinHandle() noexcept = default;
   JoinHandle(JoinHandle&&) noexcept = default;
   JoinHandle& operator=(JoinHandle&& other) noexcept {
@@ -3726,6 +3746,7 @@ class [[nodiscard]] JoinHandle {
     std::swap(joined_, taken.joined_);
     return *this;
   }
+  /// Requests a stop and joins, if there is a task to join. An error then goes to `Options::on_unjoined_error`.
   [[gnu::noinline]] ~JoinHandle() {
     if (!joinable()) return;
     request_stop();
