@@ -25,11 +25,6 @@ PUBLIC_TYPES = {
 SPECIAL_MEMBERS = {
     r"(\w+)\(\1&&\)": "Moves.",
     r"(\w+)& operator=\(\1(&&)?( \w+)?\)": "Moves, and gives up what was there before.",
-    # Until range.hpp has these comments.
-    r"std::size_t items = 0;": "At most so many.",
-    r".*Prefetch prefetch\(std::size_t items\)": "The argument of `range` that makes it fetch ahead.",
-    r"Range\(const RuntimeBridge& bridge": "See `range`.",
-    r"std::default_sentinel_t end\(\)": "The end of every range.",
 }
 
 
