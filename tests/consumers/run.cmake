@@ -348,6 +348,9 @@ elseif(CASE STREQUAL "deb")
     message("skipped: there is no pkg-config; all else is right")
   endif()
 
+elseif(CASE STREQUAL "packaging")
+  include(${here}/packaging.cmake)
+
 else()
   message(FATAL_ERROR "no such case: ${CASE}")
 endif()
