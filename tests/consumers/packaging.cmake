@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # The case packaging of run.cmake. Bazel, vcpkg and Conan are not installed here. This checks what can be checked without
-# them: versions, and that what vcpkg and Conan would package is all there.
+# them: versions, and that vcpkg and Conan would package all files.
 
 function(check_version file version)
   if(NOT version STREQUAL VERSION)

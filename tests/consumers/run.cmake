@@ -290,12 +290,23 @@ elseif(CASE STREQUAL "meson")
 elseif(CASE STREQUAL "boost_meson")
   consume_with_meson(--wrap-mode=forcefallback -Dlibrary=runtime_bridge-boost
     -Druntime_bridge:asio=disabled -Druntime_bridge:boost=enabled)
+  # Without this the program would be compiled with the other Asio, if the system has it.
+  file(READ ${work}/build/compile_commands.json commands)
+  if(NOT commands MATCHES "-DRUNTIME_BRIDGE_USE_BOOST_ASIO")
+    message(FATAL_ERROR "the dependency does not choose Boost.Asio")
+  endif()
 
 elseif(CASE STREQUAL "meson_install")
   run(${MESON} setup ${work}/library ${REPOSITORY} --prefix=${work}/installed)
   run(${MESON} install -C ${work}/library)
   check_headers(${work}/installed/include)
   set(ENV{PKG_CONFIG_PATH} ${work}/installed/share/pkgconfig)
+  if(PKG_CONFIG)
+    run(${PKG_CONFIG} --cflags runtime_bridge-boost)
+    if(NOT output MATCHES "-DRUNTIME_BRIDGE_USE_BOOST_ASIO")
+      message(FATAL_ERROR "runtime_bridge-boost.pc does not choose Boost.Asio")
+    endif()
+  endif()
   consume_with_meson(--wrap-mode=nofallback)
 
 elseif(CASE STREQUAL "meson_missing")
