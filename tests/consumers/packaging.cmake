@@ -28,6 +28,7 @@ set(CURRENT_PACKAGES_DIR ${work}/vcpkg)
 function(vcpkg_cmake_configure)
   cmake_parse_arguments(PARSE_ARGV 0 arg "" "SOURCE_PATH" "OPTIONS")
   run(${CMAKE_COMMAND} -S ${arg_SOURCE_PATH} -B ${work}/build -G ${GENERATOR} -DCMAKE_MAKE_PROGRAM=${MAKE_PROGRAM}
+    --no-warn-unused-cli
     -DCMAKE_CXX_COMPILER=${COMPILER} -DCMAKE_BUILD_TYPE=Release ${arg_OPTIONS} ${dependencies})
 endfunction()
 function(vcpkg_cmake_install)
