@@ -27,9 +27,8 @@ string(JSON PORT GET "${manifest}" name)
 set(CURRENT_PACKAGES_DIR ${work}/vcpkg)
 function(vcpkg_cmake_configure)
   cmake_parse_arguments(PARSE_ARGV 0 arg "" "SOURCE_PATH" "OPTIONS")
-  run(${CMAKE_COMMAND} -S ${arg_SOURCE_PATH} -B ${work}/build -G ${GENERATOR} -DCMAKE_MAKE_PROGRAM=${MAKE_PROGRAM}
-    --no-warn-unused-cli
-    -DCMAKE_CXX_COMPILER=${COMPILER} -DCMAKE_BUILD_TYPE=Release ${arg_OPTIONS} ${dependencies})
+  run(${CMAKE_COMMAND} -S ${arg_SOURCE_PATH} -B ${work}/build -G ${GENERATOR} --no-warn-unused-cli
+    -DCMAKE_MAKE_PROGRAM=${MAKE_PROGRAM} -DCMAKE_CXX_COMPILER=${COMPILER} -DCMAKE_BUILD_TYPE=Release ${arg_OPTIONS} ${dependencies})
 endfunction()
 function(vcpkg_cmake_install)
   run(${CMAKE_COMMAND} --install ${work}/build --config Release --prefix ${CURRENT_PACKAGES_DIR})

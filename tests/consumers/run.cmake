@@ -310,10 +310,13 @@ elseif(CASE STREQUAL "meson_install")
   consume_with_meson(--wrap-mode=nofallback)
 
 elseif(CASE STREQUAL "meson_missing")
-  set(ENV{CXXFLAGS} -nostdinc)  # as on a machine that has no headers installed
-  fail(${MESON} setup ${work}/library ${REPOSITORY}
+  # As on a machine that has no headers installed.
+  set(ENV{CXXFLAGS} -nostdinc)
+  set(ENV{BOOST_ROOT} ${work}/boost)
+  fail(${MESON} setup ${work}/library ${REPOSITORY} -Dboost=enabled
     REASON "needs standalone Asio 1\\.22\\.1 or newer, and it was not found" "apt install libasio-dev"
-    "meson wrap install asio" "-Druntime_bridge:asio=disabled" "needs tl::expected" "apt install libexpected-dev")
+    "meson wrap install asio" "-Druntime_bridge:asio=disabled" "needs Boost 1\\.81 or newer" "apt install libboost-dev"
+    "needs tl::expected" "apt install libexpected-dev")
 
 elseif(CASE STREQUAL "meson_old_asio")
   file(WRITE ${work}/old/asio/version.hpp "#define ASIO_VERSION 101800\n")
