@@ -29,7 +29,7 @@ function(run)
   message("$ ${command}\n${output}")
   if(NOT result EQUAL 0)
     message(FATAL_ERROR "failed: ${result}")
-  elseif(output MATCHES "warning:|CMake [A-Za-z ]*Warning")
+  elseif(output MATCHES "warning:|WARNING:|CMake [A-Za-z ]*Warning")
     message(FATAL_ERROR "succeeded with a warning")
   endif()
   string(REGEX REPLACE "[ \n]+" " " output "${output}")
@@ -55,14 +55,13 @@ function(consume folder)
   run(${work}/consumer)
 endfunction()
 
-# The project must be rejected, with a message that matches each of the regular expressions after REASON.
-function(refuse folder)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "REASON")
-  configure_command(${folder} ${arg_UNPARSED_ARGUMENTS})
-  execute_process(COMMAND ${command} OUTPUT_VARIABLE output ERROR_VARIABLE output RESULT_VARIABLE result)
+# The command must fail, with a message that matches each of the regular expressions after REASON.
+function(fail)
+  cmake_parse_arguments(PARSE_ARGV 0 arg "" "" "REASON")
+  execute_process(COMMAND ${arg_UNPARSED_ARGUMENTS} OUTPUT_VARIABLE output ERROR_VARIABLE output RESULT_VARIABLE result)
   message("${output}")
   if(result EQUAL 0)
-    message(FATAL_ERROR "${folder} was not refused")
+    message(FATAL_ERROR "${CASE} was not refused")
   endif()
   string(REGEX REPLACE "[ \n]+" " " output "${output}")
   foreach(reason IN LISTS arg_REASON)
@@ -70,6 +69,34 @@ function(refuse folder)
       message(FATAL_ERROR "the reason does not say: ${reason}")
     endif()
   endforeach()
+endfunction()
+
+# The project must be rejected; the rest are arguments for cmake and the REASON.
+function(refuse folder)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "REASON")
+  configure_command(${folder} ${arg_UNPARSED_ARGUMENTS})
+  fail(${command} REASON ${arg_REASON})
+endfunction()
+
+# An installed tree must have all headers, and no others.
+function(check_headers folder)
+  file(GLOB_RECURSE expected RELATIVE ${REPOSITORY}/include ${REPOSITORY}/include/*.hpp)
+  file(GLOB_RECURSE installed RELATIVE ${folder} ${folder}/*)
+  if(NOT installed STREQUAL expected)
+    message(FATAL_ERROR "${folder} has: ${installed}\nexpected: ${expected}")
+  endif()
+endfunction()
+
+# Builds and runs the consumer with Meson; the rest are arguments for `meson setup`.
+function(consume_with_meson)
+  file(COPY ${here}/main.cpp ${here}/meson DESTINATION ${work})
+  file(CREATE_LINK ${REPOSITORY} ${work}/meson/subprojects/runtime_bridge SYMBOLIC)
+  if(STANDARD)
+    list(APPEND ARGN -Dcpp_std=c++${STANDARD})
+  endif()
+  run(${MESON} setup ${work}/build ${work}/meson -Dversion=${VERSION} ${ARGN})
+  run(${MESON} compile -C ${work}/build)
+  run(${work}/build/consumer)
 endfunction()
 
 # Compiles `sources` without any build system and runs the result; the rest are flags.
@@ -95,6 +122,23 @@ set(ways_out_boost
 set(ways_out_asio
   "needs standalone Asio 1\\.22\\.1 or newer" "apt install libasio-dev" "a target asio::asio"
   "-DRUNTIME_BRIDGE_ASIO_INCLUDE_DIR=" "-DRUNTIME_BRIDGE_FETCH_DEPENDENCIES=ON")
+
+# Meson takes the compiler and its flags from the environment.
+if(CASE MATCHES "meson")
+  if(NOT MESON)
+    message("skipped: there is no meson")
+    return()
+  endif()
+  set(folders ${includes})
+  list(REMOVE_AT folders 0)  # this project's own: Meson must find it
+  list(JOIN folders " " folders)
+  set(ENV{CXX} ${COMPILER})
+  set(ENV{CXXFLAGS} "${FLAGS} ${folders}")
+  if(BOOST)
+    cmake_path(GET BOOST PARENT_PATH folder)
+    set(ENV{BOOST_ROOT} ${folder})
+  endif()
+endif()
 
 if(CASE STREQUAL "add_subdirectory" OR CASE STREQUAL "fetch_content")
   consume(${CASE} ${dependencies})
@@ -197,6 +241,7 @@ elseif(CASE MATCHES "^two_flavours")
 elseif(CASE STREQUAL "install")
   file(REMOVE_RECURSE ${prefix})
   run(${CMAKE_COMMAND} --install ${BUILD} ${config} --prefix ${prefix})
+  check_headers(${prefix}/include)
 
 elseif(CASE STREQUAL "find_package")
   consume(find_package ${dependencies})
@@ -234,6 +279,91 @@ elseif(CASE MATCHES "pkg_config$")
   separate_arguments(output UNIX_COMMAND "${output}")
   list(REMOVE_AT includes 0)  # this project's own: the installed header must be used
   compile(${here}/main.cpp ${output} ${includes})
+
+elseif(CASE STREQUAL "meson")
+  consume_with_meson(--wrap-mode=forcefallback)
+  run(${MESON} install -C ${work}/build --destdir ${work}/installed)
+  if(EXISTS ${work}/installed)
+    message(FATAL_ERROR "the library was installed along with a project that did not ask for it")
+  endif()
+
+elseif(CASE STREQUAL "boost_meson")
+  consume_with_meson(--wrap-mode=forcefallback -Dlibrary=runtime_bridge-boost
+    -Druntime_bridge:asio=disabled -Druntime_bridge:boost=enabled)
+  # Without this the program would be compiled with the other Asio, if the system has it.
+  file(READ ${work}/build/compile_commands.json commands)
+  if(NOT commands MATCHES "-DRUNTIME_BRIDGE_USE_BOOST_ASIO")
+    message(FATAL_ERROR "the dependency does not choose Boost.Asio")
+  endif()
+
+elseif(CASE STREQUAL "meson_install")
+  run(${MESON} setup ${work}/library ${REPOSITORY} --prefix=${work}/installed)
+  run(${MESON} install -C ${work}/library)
+  check_headers(${work}/installed/include)
+  set(ENV{PKG_CONFIG_PATH} ${work}/installed/share/pkgconfig)
+  if(PKG_CONFIG)
+    run(${PKG_CONFIG} --cflags runtime_bridge-boost)
+    if(NOT output MATCHES "-DRUNTIME_BRIDGE_USE_BOOST_ASIO")
+      message(FATAL_ERROR "runtime_bridge-boost.pc does not choose Boost.Asio")
+    endif()
+  endif()
+  consume_with_meson(--wrap-mode=nofallback)
+
+elseif(CASE STREQUAL "meson_missing")
+  # As on a machine that has no headers installed.
+  set(ENV{CXXFLAGS} -nostdinc)
+  set(ENV{BOOST_ROOT} ${work}/boost)
+  fail(${MESON} setup ${work}/library ${REPOSITORY} -Dboost=enabled
+    REASON "needs standalone Asio 1\\.22\\.1 or newer, and it was not found" "apt install libasio-dev"
+    "meson wrap install asio" "-Druntime_bridge:asio=disabled" "needs Boost 1\\.81 or newer" "apt install libboost-dev"
+    "needs tl::expected" "apt install libexpected-dev")
+
+elseif(CASE STREQUAL "meson_old_asio")
+  file(WRITE ${work}/old/asio/version.hpp "#define ASIO_VERSION 101800\n")
+  set(ENV{CXXFLAGS} "-I${work}/old $ENV{CXXFLAGS}")
+  fail(${MESON} setup ${work}/library ${REPOSITORY} REASON "too old" "101800" "apt install libasio-dev")
+
+elseif(CASE STREQUAL "deb")
+  if(NOT DPKG_DEB)
+    message("skipped: there is no dpkg-deb")
+    return()
+  endif()
+  configure_command(../.. -DRUNTIME_BRIDGE_BUILD_TESTS=OFF -DRUNTIME_BRIDGE_BUILD_EXAMPLES=OFF ${dependencies})
+  list(TRANSFORM command REPLACE "^${work}$" ${work}/library)
+  run(${command})
+  run(${CMAKE_CPACK_COMMAND} -G DEB --config ${work}/library/CPackConfig.cmake -B ${work})
+  set(deb ${work}/libruntime-bridge-dev_${VERSION}_all.deb)
+  run(${DPKG_DEB} --info ${deb})
+  foreach(field IN ITEMS "Package: libruntime-bridge-dev" "Version: ${VERSION}" "Architecture: all" "Section: libdevel"
+      "Depends: libasio-dev \\(>= 1:1\\.22\\.1\\)" "Recommends: libexpected-dev" "Suggests: libboost-dev \\(>= 1\\.81\\)"
+      "Maintainer: [^ ]" "Description: Call asynchronous Asio code from synchronous code")
+    if(NOT output MATCHES " ${field}")
+      message(FATAL_ERROR "the package does not say: ${field}")
+    endif()
+  endforeach()
+  set(root ${work}/root)
+  run(${DPKG_DEB} --extract ${deb} ${root})
+  check_headers(${root}/usr/include)
+  file(GLOB_RECURSE others RELATIVE ${root} ${root}/*)
+  list(FILTER others EXCLUDE REGEX
+    "^usr/include/|^usr/share/(cmake/runtime_bridge|pkgconfig)/|^usr/share/doc/libruntime-bridge-dev/copyright$")
+  if(others OR NOT EXISTS ${root}/usr/share/doc/libruntime-bridge-dev/copyright)
+    message(FATAL_ERROR "the package has other files, or no license: ${others}")
+  endif()
+  set(prefix ${root}/usr)
+  consume(find_package ${dependencies})
+  if(PKG_CONFIG)
+    set(ENV{PKG_CONFIG_PATH} ${root}/usr/share/pkgconfig)
+    run(${PKG_CONFIG} --cflags runtime_bridge)
+    separate_arguments(output UNIX_COMMAND "${output}")
+    list(REMOVE_AT includes 0)  # this project's own: the packaged header must be found
+    run(${COMPILER} ${STANDARD_FLAG} ${flags} -E ${here}/main.cpp ${output} ${includes} -o ${work}/preprocessed)
+  else()
+    message("skipped: there is no pkg-config; all else is right")
+  endif()
+
+elseif(CASE STREQUAL "packaging")
+  include(${here}/packaging.cmake)
 
 else()
   message(FATAL_ERROR "no such case: ${CASE}")
