@@ -113,6 +113,13 @@ void use_connection() {
   unwrap(connection.call_for(10s, [&](mysql::any_connection& c) { return c.async_execute("select 7", found); }));
 
   check(found.rows().at(0).at(0) == mysql::field_view(7), "a connection: the wrong number");
+  const auto refused = connection.call([&](mysql::any_connection& c) { return c.async_execute("nonsense", found); });
+  try {
+    unwrap(refused);
+    check(false, "a connection: nonsense was not refused");
+  } catch (const mysql::error_with_diagnostics& e) {
+    check(!e.get_diagnostics().server_message().empty(), "a connection: the server's message is missing");
+  }
 }
 
 }  // namespace
