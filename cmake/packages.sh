@@ -1,24 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 #
-# To be sourced. `need_packages PACKAGE...` makes sure that Debian packages are installed: as root it installs the
-# missing ones, otherwise it prints them and fails. On other systems it does nothing, and CMake reports what it does not
-# find.
+# To be sourced, with $root set to this repository's folder. Both functions make sure that Debian packages are there. As
+# root, they say in one line what they install, and install it. Without root, packages of headers are unpacked into
+# build/debian, and one line says what else is missing; then
+#
+#   need_packages PACKAGE...  fails
+#   want_packages PACKAGE...  goes on, and adds it to $without
+#
+# On other systems they do nothing, and CMake reports what it does not find.
 
-packages_listed=
-need_packages() {
+packages_listed='' without='' log_of_download=''
+
+# Sets $missing. A command of the same name will do: npm, for example, need not be Debian's.
+find_missing() {
+  missing=''
   command -v dpkg-query > /dev/null || return 0
-  missing=
   for package in "$@"; do
-    [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2> /dev/null)" = installed ] || missing="$missing $package"
+    [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2> /dev/null)" = installed ] ||
+      command -v "$package" > /dev/null || missing="$missing $package"
   done
-  [ -z "$missing" ] && return 0
-  if [ "$(id -u)" != 0 ]; then
-    echo "$0: these Debian packages are missing. Install them and run this again:" >&2
-    echo "  apt-get install$missing" >&2
-    return 1
-  fi
+}
+
+# Installs $missing. The output is shown only if it fails.
+install_missing() {
   echo "$0: installing$missing"
-  # The output is shown only if it fails.
   log=$(mktemp)
   if ! {
     { [ -n "$packages_listed" ] || apt-get update; } &&
@@ -26,8 +31,59 @@ need_packages() {
   } > "$log" 2>&1; then
     cat "$log" >&2
     rm "$log"
+    echo "$0: apt-get could not install$missing" >&2
     return 1
   fi
   rm "$log"
   packages_listed=yes
+}
+
+# Unpacks those of $missing that are only headers, which needs no root, and leaves the others in $missing. CMake finds
+# them by CMAKE_PREFIX_PATH.
+unpack_headers() {
+  suite=$(. /etc/os-release && echo "${VERSION_CODENAME-}")
+  others='' unpacked=''
+  for package in $missing; do
+    folder=$root/build/debian/$suite/$package
+    case $package in
+      libasio-dev | libexpected-dev | libcli11-dev | catch2)
+        if [ ! -d "$folder" ]; then
+          "$root/tests/unpack" "$suite" "$package" > /dev/null 2>&1 && unpacked="$unpacked $package" ||
+            log_of_download="; the log of the download is $folder.log"
+        fi
+        ;;
+    esac
+    if [ -d "$folder" ]; then
+      export CMAKE_PREFIX_PATH="$folder/usr${CMAKE_PREFIX_PATH:+:$CMAKE_PREFIX_PATH}"
+    else
+      others="$others $package"
+    fi
+  done
+  [ -z "$unpacked" ] || echo "$0: not installed, so unpacked into build/debian:$unpacked"
+  missing=$others
+}
+
+need_packages() {
+  find_missing "$@"
+  [ -n "$missing" ] || return 0
+  if [ "$(id -u)" = 0 ]; then
+    install_missing
+    return
+  fi
+  unpack_headers
+  [ -z "$missing" ] ||
+    { echo "$0: not installed:$missing; as root: apt-get install$missing$log_of_download" >&2; return 1; }
+}
+
+want_packages() {
+  find_missing "$@"
+  [ -n "$missing" ] || return 0
+  if [ "$(id -u)" = 0 ]; then
+    install_missing
+    return
+  fi
+  unpack_headers
+  [ -z "$missing" ] ||
+    echo "$0: not installed, so what needs it is left out:$missing; as root: apt-get install$missing$log_of_download" >&2
+  without=$without$missing
 }
