@@ -20,7 +20,6 @@ PUBLIC_TYPES = {
     r"detail::StopToken": "std::stop_token",
     r"detail::Expected<": "std::expected<",
     r"detail::net::": "asio::",
-    r"stream_detail::Stream<(std::[io]stream), [^{]*>": r"\1",
 }
 SPECIAL_MEMBERS = {
     r"(\w+)\(\1&&\)": "Moves.",

@@ -2,7 +2,6 @@
 //
 // The smallest program: the first one of the README.
 
-// [readme]
 #include <runtime_bridge.hpp>
 
 #include <iostream>
@@ -13,4 +12,3 @@ int main() {
   runtime_bridge::RuntimeBridge bridge;  // owns a thread that runs an asio::io_context
   std::cout << unwrap(bridge.block_on(hello())) << '\n';
 }
-// [/readme]

@@ -35,7 +35,6 @@ asio::awaitable<std::string> ask(tcp::socket& socket, tcp::endpoint server) {
   co_return std::string(bytes.data(), size);
 }
 
-// [readme]
 volatile std::sig_atomic_t interrupted = 0;
 extern "C" void note_interrupt(int) { interrupted = 1; }
 
@@ -45,7 +44,6 @@ runtime_bridge::Result<std::string> ask_until_interrupted(const runtime_bridge::
   return socket.call([&](tcp::socket& s) { return ask(s, server); },
                      runtime_bridge::poll_every(milliseconds(50), [] { return interrupted != 0; }));
 }
-// [/readme]
 
 int run() {
   struct sigaction action {};

@@ -58,7 +58,6 @@ BackendError describe_mysql_error() {
   }
 }
 
-// [readme]
 /// A pool of connections, and the task that keeps them up.
 class Pool {
  public:
@@ -105,7 +104,6 @@ class Pool {
   std::shared_ptr<mysql::connection_pool> pool_;
   bool running_ = false;
 };
-// [/readme]
 
 class MysqlRefs final : public RefBackend {
  public:

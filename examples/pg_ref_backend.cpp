@@ -30,7 +30,6 @@ using asio::awaitable;
 using std::chrono::steady_clock;
 using Microseconds = std::chrono::duration<double, std::micro>;
 
-// [readme]
 class PgRefBackend final : public RefBackend {
  public:
   explicit PgRefBackend(PgClient client) : client_(std::move(client)) {}
@@ -54,7 +53,6 @@ class PgRefBackend final : public RefBackend {
                              *expected, value)
                : client_.run("insert into runtime_bridge.refs values ($1, $2) on conflict do nothing", name, value);
   }
-  // [/readme]
   Outcome<bool> remove(const std::string& name) override {
     return client_.run("delete from runtime_bridge.refs where name = $1", name);
   }

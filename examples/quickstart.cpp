@@ -100,7 +100,6 @@ class Client {
 // ---------------------------------------------------------------------------------------------------------------------
 // The synchronous interface and its implementation
 
-// [readme]
 /// The interface that the program uses: synchronous, called from any thread.
 class KeyValueStore {
  public:
@@ -137,7 +136,6 @@ void look_up(RemoteStore& store, std::string_view key) {
     std::cout << value.error().message() << '\n';  // runtime_bridge: the task threw: no such key: lost
   }
 }
-// [/readme]
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The program

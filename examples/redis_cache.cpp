@@ -38,7 +38,6 @@ struct Entry {
   long long reads;
 };
 
-// [readme]
 class RedisCache final : public RefBackend {
  public:
   RedisCache(const redis::config& config, milliseconds timeout) : client_(timeout, config) {}
@@ -85,7 +84,6 @@ class RedisCache final : public RefBackend {
       co_return std::move(popped->at(1));
     });
   }
-  // [/readme]
   Outcome<bool> set_for(milliseconds lifetime, const std::string& name, const std::string& value) {
     return is("OK", ask<std::string>("SET", name, value, "PX", lifetime.count()));
   }

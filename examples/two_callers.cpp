@@ -36,7 +36,6 @@ using runtime_bridge::RuntimeBridge;
 using runtime_bridge::SourceLocation;
 using Socket = asio::local::stream_protocol::socket;
 
-// [readme]
 /// A question and its answer are a line each.
 class Connection {
  public:
@@ -59,7 +58,6 @@ class Connection {
   Socket& socket_;
   std::string input_;
 };
-// [/readme]
 
 // [remedy]
 /// The same for any number of callers: from the question to the answer, the connection belongs to one of them.

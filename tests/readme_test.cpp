@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Compiles and runs the README's examples, except the first. readme_test.cmake checks that each code block of the
-// README is in a file that is compiled, such as this one.
+// Compiles and runs the examples of the README and of pages in docs/. pages_test.cmake checks that each of their code
+// blocks is in a file that is compiled, such as this one.
 
 #include <runtime_bridge/hosted.hpp>
 #include <runtime_bridge/range.hpp>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the README says about `co_spawn(context, task, use_future).get()`, with the Asio in use. A wait counts as
+// What docs/migrating.md says about `co_spawn(context, task, use_future).get()`, with the Asio in use. A wait counts as
 // endless if it takes 100 ms.
 
 #include <atomic>

@@ -27,7 +27,6 @@
 #include <asio/use_awaitable.hpp>
 #endif
 
-// [readme]
 /// A lock for the coroutines of one thread, such as a bridge's worker. They get it in the order of their arrival.
 ///
 /// All of it is for that thread, the guards' destructors included. It is an I/O object: destroy it before the bridge,
@@ -59,6 +58,5 @@ class AsyncMutex {
   // cancelled or destroyed, but may crash after a receiver was destroyed, and breaks when one is cancelled (Asio 1.22).
   asio::experimental::channel<void()> holder_;
 };
-// [/readme]
 
 #endif  // RUNTIME_BRIDGE_EXAMPLES_ASYNC_MUTEX_HPP

@@ -50,7 +50,6 @@ using Outcome = tl::expected<T, BackendError>;
 using Failure = tl::unexpected<BackendError>;
 #endif
 
-// [readme]
 /// Turns the bridge's errors into the backend's own.
 template <class T>
 Outcome<T> flatten(runtime_bridge::Result<Outcome<T>> result) {
@@ -62,7 +61,6 @@ Outcome<T> flatten(runtime_bridge::Result<Outcome<T>> result) {
   if (error == BridgeError::WouldDeadlock) kind = BackendError::WrongThread;
   return Failure({kind, error.message()});
 }
-// [/readme]
 
 /// References: names with values. Functions that change something return whether they did.
 class RefBackend {

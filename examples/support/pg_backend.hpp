@@ -61,7 +61,6 @@ class PgClient {
   PgClient(const pg::Settings& settings, std::size_t connections, std::chrono::milliseconds timeout)
       : pool_(timeout, settings, connections) {}
 
-  // [readme]
   /// Runs `function(connection)` on the worker. It has ended when this returns, so it may refer to the caller's locals.
   template <class Function>
   auto call(Function function) const {
@@ -70,7 +69,6 @@ class PgClient {
       co_return co_await run_on(*lease, function);
     });
   }
-  // [/readme]
 
   /// Like `call`, in a transaction.
   template <class Function>

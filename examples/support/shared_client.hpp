@@ -33,7 +33,6 @@ asio::awaitable<Outcome<T>> outcome_of(asio::awaitable<T> task, BackendError (*d
   }
 }
 
-// [readme]
 /// A bridge for clients that have tasks in the background, which hold it until they end.
 using Bridge = std::shared_ptr<const runtime_bridge::RuntimeBridge>;
 
@@ -54,7 +53,6 @@ class SharedClient {
     const auto task = [&](Client& client) { return outcome_of(function(client), describe); };
     return flatten(shared_->client.call_for(timeout_, task));
   }
-  // [/readme]
 
   /// Starts `function(client)` and does not wait. The task must own its data.
   template <class Function>

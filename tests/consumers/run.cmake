@@ -362,6 +362,9 @@ elseif(CASE STREQUAL "deb")
     message("skipped: there is no pkg-config; all else is right")
   endif()
 
+elseif(CASE STREQUAL "pages")
+  include(${here}/pages.cmake)
+
 elseif(CASE STREQUAL "packaging")
   include(${here}/packaging.cmake)
 
