@@ -87,7 +87,7 @@ std::string echo(const runtime_bridge::Hosted<Database>& database, const std::st
 }
 
 void use_pool() {
-  mysql::pool_params parameters = parameters_of<mysql::pool_params>();
+  auto parameters = parameters_of<mysql::pool_params>();
   parameters.max_size = 1;  // so that the call after a deadline needs the same connection
   runtime_bridge::RuntimeBridge bridge;
   runtime_bridge::Hosted<Database> database(bridge, std::move(parameters));
