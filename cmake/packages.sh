@@ -63,26 +63,25 @@ unpack_headers() {
   missing=$others
 }
 
-need_packages() {
+# Leaves in $missing what cannot be had. Fails if apt-get does.
+provide() {
   find_missing "$@"
   [ -n "$missing" ] || return 0
   if [ "$(id -u)" = 0 ]; then
-    install_missing
-    return
+    install_missing && missing=''
+  else
+    unpack_headers
   fi
-  unpack_headers
+}
+
+need_packages() {
+  provide "$@" || return 1
   [ -z "$missing" ] ||
     { echo "$0: not installed:$missing; as root: apt-get install$missing$log_of_download" >&2; return 1; }
 }
 
 want_packages() {
-  find_missing "$@"
-  [ -n "$missing" ] || return 0
-  if [ "$(id -u)" = 0 ]; then
-    install_missing
-    return
-  fi
-  unpack_headers
+  provide "$@" || return 1
   [ -z "$missing" ] ||
     echo "$0: not installed, so what needs it is left out:$missing; as root: apt-get install$missing$log_of_download" >&2
   without=$without$missing
