@@ -1,13 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # The case packaging of run.cmake. Bazel, vcpkg and Conan are not installed here. This checks what can be checked without
-# them: versions, and that vcpkg and Conan would package all files.
+# them: versions, also of the inline namespace, and that vcpkg and Conan would package all files.
 
 function(check_version file version)
   if(NOT version STREQUAL VERSION)
     message(FATAL_ERROR "${file} says version \"${version}\", the header says \"${VERSION}\"")
   endif()
 endfunction()
+
+# The inline namespace is named after the minor version.
+string(REGEX REPLACE "^([0-9]+)\\.([0-9]+)\\..*" "v\\1_\\2" namespace "${VERSION}")
+file(GLOB_RECURSE headers ${REPOSITORY}/include/*.hpp)
+foreach(header IN LISTS headers)
+  file(READ ${header} text)
+  if(text MATCHES "\ninline namespace (v[0-9]+_[0-9]+) " AND NOT CMAKE_MATCH_1 STREQUAL namespace)
+    message(FATAL_ERROR "${header} has the inline namespace ${CMAKE_MATCH_1}, and not ${namespace}")
+  endif()
+endforeach()
+
+# The pages
+foreach(page README.md packaging/README.md)
+  file(READ ${REPOSITORY}/${page} text)
+  string(REGEX MATCH "GIT_TAG v([0-9.]+)" _ "${text}")
+  check_version(${page} "${CMAKE_MATCH_1}")
+endforeach()
 
 # Bazel
 file(READ ${REPOSITORY}/MODULE.bazel module)
