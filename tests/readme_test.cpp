@@ -256,7 +256,7 @@ TEST_CASE("readme: a stream") {
 
   // clang-format off
   runtime_bridge::istream input(bridge, [&](asio::mutable_buffer buffer) {
-    return socket.async_read_some(buffer, asio::deferred);
+    return socket.async_read_some(buffer, asio::use_awaitable);
   }, std::chrono::seconds(5));
   std::string line;
   std::getline(input, line);

@@ -40,7 +40,7 @@ class StreamBase : public Base {
 /// A `std::istream` over an asynchronous read: `runtime_bridge::istream in(bridge, read, timeout, buffer_size)`.
 ///
 /// `read(asio::mutable_buffer)` makes a Task that gives the number of bytes read, such as
-/// `[&](auto buffer) { return socket.async_read_some(buffer, asio::deferred); }`. Zero is the end, and so is
+/// `[&](auto buffer) { return socket.async_read_some(buffer, asio::use_awaitable); }`. Zero is the end, and so is
 /// `asio::error::eof`. (Not `asio::async_read`: at the end, its error hides the last bytes.) The stream keeps `read`,
 /// calls it on the worker whenever its buffer is empty, and waits, by default without a limit. What a
 /// `std::istream::read` wants beyond the buffer's size goes straight to its destination.

@@ -150,8 +150,10 @@ def for_readme():
         return [figure(median("callable", way, callers)) for callers in (1, 8)]
 
     (one, eight), (one_future, eight_future) = both("bridge"), both("use_future")
-    return (f"A call of a task that returns at once takes {one} us with one caller and {eight} us with eight; `co_spawn` "
-            f"with `use_future` takes {one_future} and {eight_future} us.")
+    return ("\n".join([
+        f"A call of a task that returns at once costs {one} us with one caller, and {eight} us with eight; `co_spawn` with",
+        f"`use_future` costs {one_future} and {eight_future} us. (Elapsed time, divided by the number of calls: with eight callers, each",
+        "waits about eight times as long.)"]))
 
 
 def picture():
