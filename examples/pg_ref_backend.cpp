@@ -80,7 +80,7 @@ class PgRefBackend final : public RefBackend {
 
 // Each round measures all ways, one after the other, so that other load on the machine affects all. A processor that
 // sleeps takes 20 to 50 us to wake up, and the bridge wakes twice as many threads as libpq.
-void benchmark(const PgClient& client, const std::string& conninfo, int callers) {
+void benchmark(const PgClient& client, const std::string& conninfo, int callers, int rounds) {
   const char* const sql = "select $1::int8";
   using Samples = std::vector<double>;
   struct {
@@ -109,7 +109,7 @@ void benchmark(const PgClient& client, const std::string& conninfo, int callers)
     };
   };
   const auto through_bridge = [&]() -> std::function<void()> { return [&] { need(client.run(sql, 7)); }; };
-  for (int round = 0; round < 11; ++round) {
+  for (int round = 0; round < rounds; ++round) {
     measure(quiet.plain, through_libpq);
     measure(quiet.bridged, through_bridge);
     const SpinningThreads spinning;
@@ -133,13 +133,15 @@ void run(CLI::App& app, int count, char** arguments) {
   add_connect_option(app, settings.conninfo);
   bool measure = false;
   app.add_flag("--benchmark", measure, "compare a query through the bridge with PQexecParams: median times");
+  int rounds = 11;
+  app.add_option("--rounds", rounds, "how often to measure")->check(CLI::Range(1, 1000))->capture_default_str();
   app.parse(count, arguments);
   const PgClient client(settings, 8, 30s);
   PgRefBackend refs(client);
   need_server(refs.create_table(), "PostgreSQL server", "postgres");
   if (measure) {
     std::cout << std::fixed << std::setprecision(1);
-    for (const int callers : {1, 8}) benchmark(client, settings.conninfo, callers);
+    for (const int callers : {1, 8}) benchmark(client, settings.conninfo, callers, rounds);
     return;
   }
   // Each run has names of its own, because runs may overlap.

@@ -387,10 +387,12 @@ void run(CLI::App& app, int count, char** arguments) {
   add("--memory", memory, "how much memory the large object may use, in MiB")->check(CLI::Range(0, 1024));
   bool measure = false;
   app.add_flag("--benchmark", measure, "measure small requests, with: examples/serve nginx");
+  int rounds = 9;
+  add("--rounds", rounds, "how often to measure")->check(CLI::Range(1, 1000));
   app.parse(count, arguments);
 
   std::signal(SIGPIPE, SIG_IGN);  // required by curl.hpp
-  if (measure) return http_benchmark::run(settings.endpoint);
+  if (measure) return http_benchmark::run(settings.endpoint, rounds);
   S3ObjectStore store(settings);
   need_server(store.create_bucket(), "S3 server at " + settings.endpoint, "s3");
   small_objects(store);

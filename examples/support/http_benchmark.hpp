@@ -67,7 +67,7 @@ class Blocking {
   std::string received_;
 };
 
-inline void run(const std::string& endpoint) {
+inline void run(const std::string& endpoint, int rounds) {
   const std::string url = endpoint + "/benchmark/object";
   const std::string body(size, 'x');
   const runtime_bridge::RuntimeBridge bridge;
@@ -108,7 +108,6 @@ inline void run(const std::string& endpoint) {
     return std::chrono::duration<double, std::micro>(end - start).count() / (calls * callers);
   };
 
-  constexpr int rounds = 9;
   std::map<std::tuple<bool, int, bool, bool>, std::vector<double>> times;
   bridged(true);  // creates the object
   for (int round = 0; round < rounds; ++round) {
