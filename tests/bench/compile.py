@@ -81,7 +81,7 @@ def main(rounds):
 
             def further(call):
                 one, many = units[task, call, 1], units[task, call, 1 + FURTHER]
-                return (f"{1000 * (many.seconds() - one.seconds()) / FURTHER:.0f} ms and "
+                return (f"{max(0, 1000 * (many.seconds() - one.seconds()) / FURTHER):.0f} ms and "
                         f"{(many.bytes() - one.bytes()) / FURTHER / 1000:.2f} kB of object code")
 
             print(f"- `block_on` of {task} (g++ -O2): the first in a file takes {first:.2f} s to compile on top of the "
