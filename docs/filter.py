@@ -13,6 +13,10 @@ import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
+sys.dont_write_bytecode = True  # nothing beside the sources
+sys.path.insert(0, str(ROOT / "tests"))
+from links import slug  # noqa: E402
+
 # Types of `detail` in the declarations of public names, and what users call them.
 PUBLIC_TYPES = {
     r"detail::TaskValue<detail::InvocationOf<detail::Unnamed<F>, Args\.\.\.>>": "TaskValue<std::invoke_result_t<F, Args...>>",
@@ -50,12 +54,6 @@ def header(text):
                     line = f"/** {comment} */ {line}"
         documented = line.lstrip().startswith("///")
         yield line
-
-
-def slug(title):
-    """The anchor that GitHub gives to a heading."""
-    words = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).lower())
-    return words.strip().replace(" ", "-")
 
 
 def page_id(path):

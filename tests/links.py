@@ -17,13 +17,14 @@ def prose(page):
     return re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
 
 
+def slug(title):
+    """The anchor that GitHub gives to a heading."""
+    words = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).lower())
+    return words.strip().replace(" ", "-")
+
+
 def anchors(page):
-    """The anchors that GitHub gives to headings."""
-    found = set()
-    for title in re.findall(r"^#+ +(.*)$", prose(page), re.M):
-        words = re.sub(r"[^\w\- ]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title).lower())
-        found.add(words.strip().replace(" ", "-"))
-    return found
+    return {slug(title) for title in re.findall(r"^#+ +(.*)$", prose(page), re.M)}
 
 
 def missing(page):
